@@ -1,0 +1,133 @@
+"""Which backend runs an op: the names, what is available, how one is forced, and the dispatch.
+
+A backend joins an op by one file, `scm_kernels/<op>/<backend>.py`, that holds
+
+    unavailable() -> str | None        why this machine cannot run it (with the command that would
+    help) refuses(problem) -> str | None     why it does not take this combination of inputs
+    <step>(problem) -> None            one function a step ("forward", "backward", ...): writes the
+    outputs
+
+where `problem` is the op's frozen dataclass of inputs and of outputs that `op.py` has allocated.
+Nothing else changes: `run` below finds the file, asks it, and calls it.
+"""
+
+import importlib
+import importlib.util
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+AUTO = "auto"
+NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
+OPS = ("attention", "tangent")
+ENVIRONMENT = "SCM_KERNELS_BACKEND"
+
+_forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")
+
+
+def backends() -> dict[str, str]:
+    """What each backend is on this machine.
+
+    Returns:
+        `{"reference": ..., "cpu": ..., "triton": ..., "cuda": ...}`; a value starts with
+        "available" or with "not available" and the reason.
+    """
+    return {name: _status(name) for name in reversed(NAMES)}
+
+
+@contextmanager
+def backend(name: str):
+    """Force one backend, for every op called inside, and for their backward passes wherever those
+    run.
+
+    Under a forced backend, a combination of inputs that it does not have raises
+    `NotImplementedError`. `SCM_KERNELS_BACKEND=<name>` does the same from outside the program; this
+    context manager goes before it.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "auto" for the choice by availability.
+
+    Raises:
+        ValueError: `name` is no backend.
+        RuntimeError: the backend is not available on this machine (with the reason).
+    """
+    token = _forced.set(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def requested() -> str:
+    """The backend that the innermost `backend(...)` names, "" outside of any; kept in the graph."""
+    return _forced.get()
+
+
+def is_forced_to(name: str, request: str) -> bool:
+    """Whether `request` (of `requested()`), or else the environment, names this backend."""
+    return _resolve(request) == name
+
+
+def run(op: str, step: str, problem: object, request: str) -> None:
+    """Run one step of an op on the backend that `request` names, or on the first to take it."""
+    name = _resolve(request)
+    if name == AUTO:
+        chosen, _ = _first_that_takes(op, problem)
+    else:
+        chosen, reason = _implementation(op, name)
+        reason = reason or chosen.refuses(problem)
+        if reason is not None:
+            _, other = _first_that_takes(op, problem)
+            raise NotImplementedError(
+                f"backend {name!r} was forced, but it does not take this {op} {step}: {reason}. "
+                f'Backend {other!r} takes it: force that one, or leave the choice to "auto".'
+            )
+    getattr(chosen, step)(problem)
+
+
+def _first_that_takes(op: str, problem: object) -> tuple[ModuleType, str]:
+    reasons = []
+    for name in NAMES:
+        module, reason = _implementation(op, name)
+        reason = reason or module.refuses(problem)
+        if reason is None:
+            return module, name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"no backend takes this {op}: " + "; ".join(reasons))
+
+
+def _resolve(request: str) -> str:
+    return request or _checked(os.environ.get(ENVIRONMENT) or AUTO, ENVIRONMENT)
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in (AUTO, *NAMES):
+        known = ", ".join(map(repr, (*NAMES, AUTO)))
+        raise ValueError(f"{argument}: got {name!r}, expected one of {known}")
+    if name != AUTO and not _status(name).startswith("available"):
+        raise RuntimeError(f"{argument}: backend {name!r} is {_status(name)}")
+    return name
+
+
+def _status(name: str) -> str:
+    reasons = {}
+    for op in OPS:
+        _, reason = _implementation(op, name)
+        reasons[op] = reason
+    served = [op for op, reason in reasons.items() if reason is None]
+    if served:
+        return f"available ({', '.join(served)})"
+    return "not available: " + "; ".join(dict.fromkeys(reasons.values()))
+
+
+@cache
+def _implementation(op: str, name: str) -> tuple[ModuleType | None, str | None]:
+    """The module of a backend's kernels for an op, or why there is none here."""
+    path = f"scm_kernels.{op}.{name}"
+    if importlib.util.find_spec(path) is None:
+        return None, f"this version of scm_kernels has no {name} kernels for it"
+    module = importlib.import_module(path)
+    reason = module.unavailable()
+    return (module, None) if reason is None else (None, reason)

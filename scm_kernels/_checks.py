@@ -1,0 +1,71 @@
+"""Checks of arguments: each names the argument, what was got and what was expected."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A short description for an error message: a tensor's shape, dtype and device, or a type."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(name: str, value: object, *, dtypes: tuple = FLOATS) -> None:
+    """`value` must be a tensor of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: got {describe(value)}, expected one of the dtypes {names}")
+
+
+def like(name: str, value: object, other_name: str, other: Tensor, *, shape: bool = True) -> None:
+    """`value` must be a tensor like `other`: dtype, device and, unless told otherwise, shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name}: got {describe(value)}, expected the dtype of {other_name}, {describe(other)}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: got {describe(value)}, expected the device of {other_name}, {describe(other)}"
+        )
+    if shape and value.shape != other.shape:
+        raise ValueError(
+            f"{name}: got {describe(value)}, expected the shape of {other_name}, {describe(other)}"
+        )
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+) -> None:
+    """`value` must be a finite real number with low <= value <= high and value > above."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {describe(value)}, expected a number")
+    if not (-math.inf < value < math.inf and low <= value <= high and value > above):
+        bounds = {"at least": low, "above": above, "at most": high}
+        limits = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+        raise ValueError(
+            f"{name}: got {value}, expected a finite number {' and '.join(limits)}".rstrip()
+        )
+
+
+def integer(name: str, value: object, *, low: int) -> None:
+    """`value` must be an int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {describe(value)}, expected an int")
+    if value < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low}")

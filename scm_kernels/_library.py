@@ -1,0 +1,80 @@
+"""What every op of this package shares: the library, the refusal of dual tensors, autograd below
+the dispatcher.
+
+An op registered with `torch.library` returns a zero tangent, silently, when it meets a dual tensor.
+So each op's Autograd kernel is written by hand: it refuses duals, and it works at one level of
+functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pass through it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd as below_autograd
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction as Function
+
+LIBRARY = torch.library.Library("scm_kernels", "DEF")
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
+    _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+__all__ = [
+    "LIBRARY",
+    "Function",
+    "apply",
+    "below_autograd",
+    "define",
+    "differentiable",
+    "refuse_duals",
+]
+
+
+def define(
+    schema: str, *, kernel: Callable, fake: Callable, autograd: Callable, vmap: Callable
+) -> None:
+    """Register one op: schema, kernel for every device, shapes without data, autograd, batching."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"scm_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"scm_kernels::{name}", vmap, lib=LIBRARY)
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """Autocast has had its say at the front door; the ops inside a kernel keep their dtype."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return kernel(*args)
+
+    return run
+
+
+def refuse_duals(op: str, instead: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise if one of the tensors carries a tangent that this op would drop."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None:
+            raise NotImplementedError(
+                f"scm_kernels.{op} got a dual tensor where only plain tensors are expected: its "
+                "tangent would be "
+                f"lost. {instead}"
+            )
+
+
+def differentiable(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd has to record a call with these inputs."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def apply(function: type[Function], *args):
+    """`function.apply` inside an Autograd kernel, where functorch has already chosen the level."""
+    with enable_single_level_autograd_function():
+        return function.apply(*args)

@@ -1,0 +1,1 @@
+"""Scaled dot product attention with its forward-mode tangent."""

@@ -1,0 +1,245 @@
+"""The ops behind `op.py`: schema, kernel, fake, autograd, vmap of attention and its gradient."""
+
+import torch
+from torch import Tensor
+
+from scm_kernels import _backends, _library
+from scm_kernels.attention import reference, torch_flash
+from scm_kernels.attention.problem import Backward, Forward
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? mask, Tensor? tmask"
+)
+_INSTEAD = (
+    "Call scm_kernels.scaled_dot_product_attention, which takes dual tensors of one level of "
+    "forward-mode AD; "
+    "a jvp of a jvp is not supported."
+)
+
+
+# --- attention_jvp: the forward
+# ---------------------------------------------------------------------
+
+
+def _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
+    """Allocated outputs; out lies in memory as q does ([B, M, H, D] or [B, H, M, D])."""
+    (b, h, m, _), e = q.shape, v.shape[3]
+    if q.stride(1) < q.stride(2):
+        out = q.new_empty(b, m, h, e).transpose(1, 2)
+    else:
+        out = q.new_empty(b, h, m, e)
+    lse = q.new_empty(b, h, m, dtype=_stats_dtype(q))
+    return out, torch.empty_like(out), lse, torch.empty_like(lse)
+
+
+def _stats_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
+    outputs = _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend)
+    inputs = (_rowwise(x) for x in (q, k, v, tq, tk, tv))
+    problem = Forward(*inputs, mask, tmask, causal, scale, *outputs)
+    _backends.run("attention", "forward", problem, backend)
+    return outputs
+
+
+def _rowwise(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last dimension, which every backend may rely on."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _Attention(_library.Function):
+    """Autograd of `attention_jvp`: through out and t_out, or (tangent_grad False) out alone."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, causal, scale, tangent_grad, backend = args
+        with _library.below_autograd():
+            out, t_out, lse, mu = torch.ops.scm_kernels.attention_jvp(*args)
+        ctx.set_materialize_grads(False)
+        if tangent_grad:
+            ctx.mark_non_differentiable(lse, mu)
+            ctx.save_for_backward(*tensors, out, t_out, lse, mu)
+        else:
+            ctx.mark_non_differentiable(t_out, lse, mu)
+            q, k, v, _, _, _, mask, _ = tensors
+            ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None)
+        ctx.options = causal, scale, backend
+        return out, t_out, lse, mu
+
+    @staticmethod
+    def backward(ctx, dout, dt_out, _dlse, _dmu):
+        causal, scale, backend = ctx.options
+        *tensors, out, t_out, lse, mu = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:8])
+        if dout is None and dt_out is None:
+            return (None,) * 12
+        if dt_out is None:  # the gradient through out does not see the tangents
+            q, k, v, _, _, _, mask, _ = tensors
+            tensors, t_out, mu = [q, k, v, None, None, None, mask, None], None, None
+            wanted[3:6], wanted[7] = [False] * 3, False
+        grads = iter(
+            torch.ops.scm_kernels.attention_jvp_backward(
+                dout, dt_out, *tensors, out, t_out, lse, mu, causal, scale, wanted, backend
+            )
+        )
+        return (*(next(grads) if want else None for want in wanted), None, None, None, None)
+
+
+def _autograd_forward(*args):
+    *tensors, _causal, _scale, _tangent_grad, _backend = args
+    _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
+    if _library.differentiable(tensors):
+        return _library.apply(_Attention, *args)
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.attention_jvp(*args)
+
+
+def _vmap_forward(info, in_dims, *args):
+    """A vmapped dimension is one more batch dimension, folded into B."""
+    size, (*tensors, causal, scale, tangent_grad, backend) = info.batch_size, args
+    folded = _fold_all(tensors, in_dims, size, _batch(tensors[0], in_dims[0]))
+    outputs = torch.ops.scm_kernels.attention_jvp(*folded, causal, scale, tangent_grad, backend)
+    return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0, 0, 0, 0)
+
+
+def _batch(q: Tensor, dim: int | None) -> int:
+    """B of a q [B, H, M, D] with a vmapped dimension somewhere."""
+    return q.shape[0] if dim is None else q.movedim(dim, 0).shape[1]
+
+
+def _fold_all(tensors, in_dims, size: int, batch: int) -> list[Tensor | None]:
+    """[B or 1, ...] with a vmapped dimension somewhere, or none, as [size * B, ...]."""
+    folded = []
+    for x, dim in zip(tensors, in_dims, strict=False):
+        if x is not None:
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x)
+    return folded
+
+
+# --- attention_jvp_backward: its gradient
+# -----------------------------------------------------------
+
+
+def _empty_backward(dout, dt_out, *args):
+    """One gradient for each wanted input, in order, and None for the others."""
+    tensors, wanted = args[:8], args[14]
+    return [torch.empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
+
+
+def _fake_backward(*args):
+    return [x for x in _empty_backward(*args) if x is not None]
+
+
+def _backward(dout, dt_out, *args):
+    *tensors, out, t_out, lse, mu, causal, scale, _wanted, backend = args
+    gradients = _empty_backward(dout, dt_out, *args)
+    problem = Backward(
+        *(_rowwise(x) for x in tensors[:6]),
+        *tensors[6:],
+        causal,
+        scale,
+        *(out, t_out, lse, mu),
+        *(_rowwise(dout), _rowwise(dt_out)),
+        *gradients,
+    )
+    if not _backends.is_forced_to("reference", backend) and torch_flash.refuses(problem) is None:
+        torch_flash.backward(problem)
+    else:
+        _backends.run("attention", "backward", problem, backend)
+    return [x for x in gradients if x is not None]
+
+
+class _AttentionBackward(_library.Function):
+    """Double backward: the closed formula, differentiated by PyTorch, in O(M N) memory."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        dout, dt_out, *tensors = args[:10]
+        causal, scale, wanted, _ = args[14:]
+        with _library.below_autograd():
+            gradients = torch.ops.scm_kernels.attention_jvp_backward(*args)
+        ctx.save_for_backward(dout, dt_out, *tensors)
+        ctx.options = causal, scale, wanted
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        causal, scale, wanted = ctx.options
+        saved = list(ctx.saved_tensors)
+        moving = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
+
+        def gradient(*values):
+            for i, value in zip(moving, values, strict=True):
+                saved[i] = value
+            return _dense_gradient(saved[:2], saved[2:], causal, scale, wanted)
+
+        _, pullback = torch.func.vjp(gradient, *(saved[i] for i in moving))
+        gradients = [None] * len(saved)
+        for i, value in zip(moving, pullback(cotangents), strict=True):
+            gradients[i] = value
+        return (*gradients, *(None,) * 8)
+
+
+def _dense_gradient(cotangents, tensors, causal, scale, wanted) -> tuple[Tensor, ...]:
+    """The wanted gradients of (out, t_out), themselves differentiable."""
+    wide = _stats_dtype(tensors[0])
+    cotangents = [None if x is None else x.to(wide) for x in cotangents]
+    used = [i for i, want in enumerate(wanted) if want]
+
+    def outputs(*values):
+        inputs = list(tensors)
+        for i, value in zip(used, values, strict=True):
+            inputs[i] = value
+        inputs = [x.to(wide) if x is not None and x.is_floating_point() else x for x in inputs]
+        both = reference.dense(*inputs, causal=causal, scale=scale)[:2]
+        return tuple(x for x, d in zip(both, cotangents, strict=True) if d is not None)
+
+    _, pullback = torch.func.vjp(outputs, *(tensors[i] for i in used))
+    return pullback(tuple(d for d in cotangents if d is not None))
+
+
+def _autograd_backward(*args):
+    tensors = args[:14]
+    _library.refuse_duals("attention_jvp_backward", _INSTEAD, tensors)
+    if _library.differentiable(tensors):
+        return list(_library.apply(_AttentionBackward, *args))
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.attention_jvp_backward(*args)
+
+
+def _vmap_backward(info, in_dims, *args):
+    size, (*tensors, causal, scale, wanted, backend) = info.batch_size, args
+    batch = _batch(tensors[2], in_dims[2])
+    folded = _fold_all(tensors, in_dims, size, batch)
+    gradients = torch.ops.scm_kernels.attention_jvp_backward(
+        *folded, causal, scale, wanted, backend
+    )
+    inputs = [i for i, want in enumerate(wanted) if want]
+    unfolded = []
+    for i, x in zip(inputs, gradients, strict=True):
+        x = x.unflatten(0, (size, batch))
+        shared = _batch(tensors[2 + i], in_dims[2 + i]) == 1 != batch  # a mask for the whole batch
+        unfolded.append(x.sum(1, keepdim=True) if shared else x)
+    return unfolded, [0] * len(unfolded)
+
+
+_library.define(
+    f"attention_jvp({_INPUTS}, bool causal, float scale, bool tangent_grad, str backend)"
+    " -> (Tensor out, Tensor t_out, Tensor lse, Tensor mu)",
+    kernel=_forward,
+    fake=_empty_forward,
+    autograd=_autograd_forward,
+    vmap=_vmap_forward,
+)
+_library.define(
+    f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
+    " Tensor lse, Tensor? mu, bool causal, float scale, bool[] wanted, str backend) -> Tensor[]",
+    kernel=_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+    vmap=_vmap_backward,
+)

@@ -1,0 +1,319 @@
+"""Scaled dot product attention with its tangent: the public functions and their checks."""
+
+import math
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from scm_kernels import _backends, _checks
+from scm_kernels.attention import library as _library  # registers the ops  # noqa: F401
+
+_TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with a derivative in every mode.
+
+    Dual tensors in (`torch.func.jvp`, `torch.autograd.forward_ad`), dual tensor out, in one fused
+    pass; reverse mode goes through the output and through its tangent. Without a dual input this is
+    PyTorch's own function, untouched.
+
+    Args:
+        query: [B, H, M, D], float16, bfloat16, float32 or float64; further leading dimensions, or
+            none, as in PyTorch.
+        key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`).
+        value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
+        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or added to the scores. A
+            dual one adds its tangent to that of the scores.
+        dropout_p: with a dual input, only 0: primal and tangent would have to share one mask.
+        is_causal: row i sees the keys 0 to i (aligned top-left).
+        scale: of the scores, 1 / sqrt(D) if None.
+        enable_gqa: H / Hk query heads share a key head.
+
+    Returns:
+        [B, H, M, E]. A row that sees no key is 0, and so is its tangent.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: dropout with a dual input; a jvp of a jvp; a jvp of a vmap.
+
+    Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
+        `attention/reference.py`.
+    """
+    return dual_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, tangent_grad=True
+    )
+
+
+def dual_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    *,
+    tangent_grad: bool,
+) -> Tensor:
+    """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
+    inputs = (query, key, value, attn_mask)
+    if forward_ad._current_level < 0 or not any(map(has_tangent, inputs)):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"dropout_p: got {dropout_p!r}, expected 0.0 where an input is a dual tensor: primal "
+            "and tangent would have to share one dropout mask, which is not supported"
+        )
+    q, k, v, mask = _autocast(inputs)
+    (q, tq), (k, tk), (v, tv), (mask, tmask) = map(unpack, (q, k, v, mask))
+    out, t_out, _, _ = _attention(
+        (q, k, v, tq, tk, tv, mask, tmask), is_causal, scale, enable_gqa, tangent_grad
+    )
+    return forward_ad.make_dual(out, t_out)
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    t_query: Tensor | None,
+    t_key: Tensor | None,
+    t_value: Tensor | None,
+    *,
+    attn_mask: Tensor | None = None,
+    t_attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_stats: bool = False,
+) -> tuple[Tensor, ...]:
+    """Attention and its directional derivative, with the tangents as arguments.
+
+    For code in which dual tensors cannot travel (hooks of FSDP, context parallelism, checkpointed
+    blocks). Differentiable in all inputs, through both outputs.
+
+    Args:
+        query: [B, H, M, D], float16, bfloat16, float32 or float64.
+        key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`).
+        value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
+        t_query: like query, or None where the derivative does not go along it; that costs nothing.
+        t_key: like key, or None.
+        t_value: like value, or None.
+        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or added to the scores.
+        t_attn_mask: the tangent of an added mask, of its shape.
+        is_causal: row i sees the keys 0 to i (aligned top-left).
+        scale: of the scores, 1 / sqrt(D) if None.
+        enable_gqa: H / Hk query heads share a key head.
+        return_stats: also return lse and mu, with which partial results over keys are merged.
+
+    Returns:
+        (out, t_out), each [B, H, M, E] of query's dtype; with `return_stats` (out, t_out, lse, mu),
+        the last two [B, H, M] float32 (float64 for float64) and not differentiable: the log-sum-exp
+        of the scores (-inf in a row that sees no key), and the mean of the scores' tangent under
+        the softmax.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: a dual tensor (its tangent would be lost).
+
+    Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
+        `attention/reference.py`.
+    """
+    tensors = (query, key, value, t_query, t_key, t_value, attn_mask, t_attn_mask)
+    out, t_out, lse, mu = _attention(
+        _autocast(tensors), is_causal, scale, enable_gqa, tangent_grad=True
+    )
+    return (out, t_out, lse, mu) if return_stats else (out, t_out)
+
+
+# --- dual tensors ---------------------------------------------------------------------------------
+
+
+def has_tangent(x: object) -> bool:
+    """Whether x is a dual tensor at the current level."""
+    if not isinstance(x, Tensor):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(
+            "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
+            "take vmap(jvp(f)), or give the batch to the op as a dimension"
+        )
+    return unpack(x)[1] is not None
+
+
+def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
+    if x is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
+        tangent = None
+    return primal, tangent
+
+
+def _autocast(tensors: tuple) -> tuple:
+    """As autocast does for PyTorch's own function: floats but float64 to the lower precision."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    )
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Tensor, ...]:
+    """Check, bring to four dimensions, call the op, and undo."""
+    _check(tensors, is_causal, enable_gqa)
+    lead, rank = _lead(tensors), tensors[0].ndim
+    q, k, v, tq, tk, tv = _four_dimensions(tensors[:6], lead, enable_gqa)
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    mask, tmask = (
+        _four_dimensional_mask(name, x, q.dtype, lead, shape)
+        for name, x in zip(_TENSORS[6:], tensors[6:], strict=True)
+    )
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    options = (bool(is_causal), scale, tangent_grad, _backends.requested())
+    outputs = torch.ops.scm_kernels.attention_jvp(q, k, v, tq, tk, tv, mask, tmask, *options)
+    if rank == 2:
+        return tuple(x.squeeze((0, 1)) for x in outputs)
+    if len(lead) != 1:
+        return tuple(x.reshape(*lead, *x.shape[1:]) for x in outputs)
+    return outputs
+
+
+def _check(tensors, is_causal, enable_gqa) -> None:
+    query, key, value, _, _, _, attn_mask, t_attn_mask = tensors
+    _checks.tensor("query", query)
+    _checks.like("key", key, "query", query, shape=False)
+    _checks.like("value", value, "query", query, shape=False)
+    for name, x in zip(_TENSORS[:3], tensors[:3], strict=True):
+        if x.ndim < 2 or x.ndim != query.ndim:
+            raise ValueError(
+                f"{name}: got {_checks.describe(x)}, expected [B, H, tokens, features], or another "
+                f"number of leading dimensions in query, key and value alike (query: {query.ndim})"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key: got {_checks.describe(key)}, expected query's last dimension, {query.shape[-1]}"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value: got {_checks.describe(value)}, expected as many tokens as key, {key.shape[-2]}"
+        )
+    for i in range(3):
+        if tensors[3 + i] is not None:
+            _checks.like(_TENSORS[3 + i], tensors[3 + i], _TENSORS[i], tensors[i])
+    _check_mask(query, attn_mask, t_attn_mask, is_causal)
+    if enable_gqa and query.ndim < 3:
+        raise ValueError(f"enable_gqa: got True for {_checks.describe(query)}, expected heads")
+
+
+def _check_mask(query, attn_mask, t_attn_mask, is_causal) -> None:
+    if attn_mask is None:
+        if t_attn_mask is not None:
+            raise ValueError("t_attn_mask: got a tangent without attn_mask, expected both or None")
+        return
+    if is_causal:
+        raise ValueError("is_causal: got True with an attn_mask, expected one of the two")
+    _checks.tensor("attn_mask", attn_mask, dtypes=(torch.bool, torch.float32, query.dtype))
+    if attn_mask.device != query.device:
+        raise ValueError(
+            f"attn_mask: got {_checks.describe(attn_mask)}, expected query's device, {query.device}"
+        )
+    if t_attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            raise ValueError("t_attn_mask: got a tangent for a bool attn_mask, which has none")
+        _checks.like("t_attn_mask", t_attn_mask, "attn_mask", attn_mask)
+
+
+def _lead(tensors) -> tuple[int, ...]:
+    """The leading dimensions that query, key and value have in common after broadcasting."""
+    q, k, v = (x.shape[:-3] for x in tensors[:3])
+    if q == k == v:
+        return tuple(q)
+    try:
+        return tuple(torch.broadcast_shapes(q, k, v))
+    except RuntimeError:
+        raise ValueError(
+            f"key, value: got leading dimensions {list(k)} and {list(v)}, expected ones "
+            f"that broadcast with query's, {list(q)}"
+        ) from None
+
+
+def _four_dimensions(tensors, lead, enable_gqa) -> list[Tensor | None]:
+    """q, k, v and their tangents as [B, H or Hk, tokens, features], as views where possible."""
+    heads = [1 if x.ndim == 2 else x.shape[-3] for x in tensors[:3]]
+    wanted = _heads(heads, enable_gqa)
+    result = []
+    for i, x in enumerate(tensors):
+        if x is not None:
+            x = x if x.ndim > 2 else x[None]
+            if x.shape[:-3] != lead or x.shape[-3] != wanted[i % 3]:
+                x = x.expand(*lead, wanted[i % 3], *x.shape[-2:])
+            if x.ndim != 4:
+                x = x[None] if x.ndim == 3 else x.flatten(0, -4)
+        result.append(x)
+    return result
+
+
+def _heads(heads: list[int], enable_gqa: bool) -> tuple[int, int, int]:
+    """The heads that query, key and value are to have: (H, Hk, Hk), H a multiple of Hk."""
+    hq, hk, hv = heads
+    if enable_gqa:
+        if hk != hv or hk == 0 or hq % hk != 0:
+            raise ValueError(
+                f"key, value: got {hk} and {hv} heads with enable_gqa, expected as many in both, "
+                f"and a divisor of query's {hq}"
+            )
+        return hq, hk, hv
+    h = max(heads) if min(heads) > 0 else 0
+    for name, have in zip(_TENSORS[:3], heads, strict=True):
+        if have not in (1, h):
+            raise ValueError(
+                f"{name}: got {have} heads, expected {h} or 1 (query, key and value have {hq}, "
+                f"{hk} and {hv}; shared key heads need enable_gqa=True)"
+            )
+    return h, h, h
+
+
+def _four_dimensional_mask(name, mask, dtype, lead, shape) -> Tensor | None:
+    """A mask with four dimensions, each of [B, H, M, N] or 1; bool, or of query's dtype."""
+    if mask is None:
+        return None
+    full = (*lead, *shape[1:])
+    offset = len(full) - mask.ndim
+    if offset < 0 or any(m not in (1, f) for m, f in zip(mask.shape, full[offset:], strict=True)):
+        raise ValueError(
+            f"{name}: got {_checks.describe(mask)}, expected a shape that broadcasts "
+            f"to {list(full)}"
+        )
+    mask = mask[(None,) * offset]
+    if len(lead) == 0:
+        mask = mask[None]
+    elif len(lead) > 1:
+        shared = all(m == 1 for m in mask.shape[:-3])
+        mask = mask.expand(*((1,) * len(lead) if shared else lead), *mask.shape[-3:])
+        mask = mask.flatten(0, -4)
+    return mask if mask.dtype in (torch.bool, dtype) else mask.to(dtype)

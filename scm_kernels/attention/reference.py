@@ -1,0 +1,330 @@
+"""Attention with its tangent in plain PyTorch: the specification, and the backend that runs
+everywhere.
+
+Symbols: `t*` is a tangent, `d*` a cotangent.
+
+    S  = scale Q K^T + mask                    P = softmax(S)
+    T  = scale (tQ K^T + Q tK^T) + tmask       H = P * T        mu = rowsum(H)
+    O  = P V                                   tO = H V - mu O + P tV
+
+tO is the derivative of O along (tQ, tK, tV, tmask): dP = P * (T - mu), and mu O = (mu P) V. It does
+not change when a constant is added to a row of T, which is what the shift c below uses.
+
+One streaming pass over tiles of keys keeps, for every row, m l mu c and two accumulators:
+
+    m' = max(m, rowmax(S))      a = exp(m - m')      p = exp(S - m')      h = p * (T - c)
+    l  = a l + rowsum(p)        acc  = a acc  + p V
+    mu = a mu + rowsum(h)       tacc = a tacc + h V + p tV
+    end:  O = acc / l      tO = tacc / l - (mu / l) O      lse = m + log l      mu = mu / l + c
+
+c is the mean of T over the live keys of the first tile that has one. Without it a component that
+all of tK shares must cancel in tacc - mu O. A row without a live key gives O = tO = mu = 0 and lse
+= -inf.
+
+Backward, with cotangents dO and dtO, and the same tiles:
+
+    beta  = rowsum(dtO * O)         delta = rowsum(dO * O) + rowsum(dtO * tO) - mu beta
+    A  = dO V^T + dtO tV^T          B = dtO V^T          tP = P (T - mu)
+    gT = P (B - beta)               gS = P (A + B (T - mu) - beta T - delta)
+    dQ = scale (gS K + gT tK)       dK = scale (gS^T Q + gT^T tQ)       dV = P^T dO + tP^T dtO
+    dtQ = scale gT K                dtK = scale gT^T Q                  dtV = P^T dtO
+    dmask = gS                      dtmask = gT
+
+The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
+2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
+attention).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from scm_kernels.attention.config import reference_tiles
+from scm_kernels.attention.problem import Backward, Forward
+
+
+def unavailable() -> str | None:
+    """PyTorch is all that it needs."""
+    return None
+
+
+def refuses(problem: Forward | Backward) -> str | None:
+    """It takes every problem."""
+    return None
+
+
+def dense(q, k, v, tq, tk, tv, mask, tmask, *, causal: bool, scale: float) -> tuple[Tensor, ...]:
+    """(O, tO, lse, mu) by the formula: O(M N) memory, the inputs' dtype, any order of derivative."""
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    groups = q.shape[1] // k.shape[1]
+    k, v, tk, tv = (
+        None if x is None else x.repeat_interleave(groups, dim=1) for x in (k, v, tk, tv)
+    )
+    scores = scale * q @ k.mT
+    scores, live = _masked(scores, mask, causal, rows=slice(0, shape[2]), keys=slice(0, shape[3]))
+    peak = scores.detach().amax(-1, keepdim=True)
+    p = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
+    total = p.sum(-1, keepdim=True)
+    p = p / total.masked_fill(total == 0, 1.0)
+    out = p @ v
+    t = torch.zeros_like(scores)
+    if tq is not None:
+        t = t + scale * tq @ k.mT
+    if tk is not None:
+        t = t + scale * q @ tk.mT
+    if tmask is not None:
+        t = t + tmask
+    if live is not None:
+        t = t.masked_fill(~live, 0.0)
+    h = p * t
+    mu = h.sum(-1, keepdim=True)
+    t_out = h @ v - mu * out
+    if tv is not None:
+        t_out = t_out + p @ tv
+    lse = torch.where(total == 0, -math.inf, peak + total.log())
+    return out, t_out, lse.squeeze(-1), mu.squeeze(-1)
+
+
+def _masked(scores, mask, causal, *, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+    """Scores with the mask applied, and which of them take part (None: all)."""
+    live = None
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+        live = scores != -math.inf
+    elif mask is not None:
+        live = mask
+    if causal:
+        row = torch.arange(rows.start, rows.stop, device=scores.device)
+        key = torch.arange(keys.start, keys.stop, device=scores.device)
+        below = row[:, None] >= key
+        live = below if live is None else live & below
+    if live is not None:
+        scores = scores.masked_fill(~live, -math.inf)
+    return scores, live
+
+
+class _Tiles:
+    """The inputs of a problem in the dtype of the accumulators, cut into tiles of rows and keys.
+
+    Query heads that share a key head are folded into its rows, so that K and V are never expanded:
+    a tile of scores is [B, Hk, G, rows, keys] with H = Hk G.
+    """
+
+    def __init__(self, problem: Forward | Backward):
+        p = self.problem = problem
+        self.dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+        self.b, self.h, self.m, self.d = p.q.shape
+        self.hk, self.n, self.e = p.k.shape[1], p.k.shape[2], p.v.shape[3]
+        self.groups = self.h // self.hk
+        self.k, self.v, self.tk, self.tv = map(self._wide, (p.k, p.v, p.tk, p.tv))
+        self.block_m, self.block_n = reference_tiles(self.b * self.h, self.m, self.n)
+
+    def _wide(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(self.dtype)
+
+    def row_tiles(self):
+        for start in range(0, self.m, self.block_m):
+            yield slice(start, min(start + self.block_m, self.m))
+
+    def key_tiles(self, rows: slice):
+        """The tiles of keys that a tile of rows sees; those above a causal diagonal are skipped."""
+        last = min(self.n, rows.stop) if self.problem.causal else self.n
+        for start in range(0, last, self.block_n):
+            yield slice(start, min(start + self.block_n, last))
+
+    def rows(self, x: Tensor | None, rows: slice) -> Tensor | None:
+        """Rows of a per-query tensor [B, H, M, X] as [B, Hk, G * rows, X]."""
+        if x is None:
+            return None
+        return self._wide(x[:, :, rows]).reshape(self.b, self.hk, -1, x.shape[3])
+
+    def scores(self, q, tq, rows: slice, keys: slice):
+        """(S, T, live) of a tile [B, Hk, G, rows, keys]; T is None where no tangent enters it."""
+        p = self.problem
+        k = self.k[:, :, keys].mT
+        s = self._unfold((q * p.scale) @ k)
+        s, live = _masked(s, self._mask(p.mask, rows, keys), p.causal, rows=rows, keys=keys)
+        t = None
+        if tq is not None:
+            t = self._unfold((tq * p.scale) @ k)
+        if self.tk is not None:
+            u = self._unfold((q * p.scale) @ self.tk[:, :, keys].mT)
+            t = u if t is None else t.add_(u)
+        if p.tmask is not None:
+            u = self._mask(p.tmask, rows, keys)
+            t = u.expand(s.shape) if t is None else t + u
+        if t is not None and live is not None:
+            t = t.masked_fill(~live, 0.0)
+        return s, t, live
+
+    def _mask(self, mask: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
+        """A tile of a mask as [B or 1, Hk or 1, G or 1, rows or 1, keys or 1]."""
+        if mask is None:
+            return None
+        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        mask = mask if mask.shape[3] == 1 else mask[..., keys]
+        heads = (1, 1) if mask.shape[1] == 1 else (self.hk, self.groups)
+        mask = mask.unflatten(1, heads)
+        return mask if mask.dtype == torch.bool else mask.to(self.dtype)
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.groups, -1))
+
+
+def forward(problem: Forward) -> None:
+    """One streaming pass over the keys, for one tile of rows at a time."""
+    tiles = _Tiles(problem)
+    for rows in tiles.row_tiles():
+        q, tq = tiles.rows(problem.q, rows), tiles.rows(problem.tq, rows)
+        state = _RowState(tiles, q.shape[2])
+        for keys in tiles.key_tiles(rows):
+            state.add(*tiles.scores(q, tq, rows, keys), keys)
+        shape = (tiles.b, tiles.h, rows.stop - rows.start)
+        out, t_out, lse, mu = state.finish()
+        problem.out[:, :, rows] = out.reshape(*shape, -1)
+        problem.t_out[:, :, rows] = t_out.reshape(*shape, -1)
+        problem.lse[:, :, rows] = lse.reshape(shape)
+        problem.mu[:, :, rows] = mu.reshape(shape)
+
+
+class _RowState:
+    """The dual online softmax: m l mu c [B, Hk, G rows, 1], acc and tacc [B, Hk, G rows, E]."""
+
+    def __init__(self, tiles: _Tiles, rows: int):
+        self.tiles = tiles
+        options = {"dtype": tiles.dtype, "device": tiles.k.device}
+        shape = (tiles.b, tiles.hk, rows)
+        self.m = torch.full((*shape, 1), -math.inf, **options)
+        self.l = torch.zeros((*shape, 1), **options)
+        self.mu = torch.zeros((*shape, 1), **options)
+        self.c = torch.zeros((*shape, 1), **options)
+        self.acc = torch.zeros((*shape, tiles.e), **options)
+        self.tacc = torch.zeros((*shape, tiles.e), **options)
+
+    def add(self, s: Tensor, t: Tensor | None, live: Tensor | None, keys: slice) -> None:
+        """Take in one tile: s, t [B, Hk, G, rows, keys]."""
+        v = self.tiles.v[:, :, keys]
+        s = s.flatten(2, 3)
+        peak = torch.maximum(self.m, s.amax(-1, keepdim=True))
+        finite = peak.masked_fill(peak == -math.inf, 0.0)
+        a = torch.exp(self.m - finite)
+        p = torch.exp(s.sub_(finite))
+        if t is not None:
+            t = t.flatten(2, 3)
+            self._fix_shift(t, live, p.shape)
+            h = p * (t - self.c)
+            self.mu = a * self.mu + h.sum(-1, keepdim=True)
+            self.tacc = a * self.tacc + h @ v
+        elif self.tiles.tv is not None:
+            self.tacc = a * self.tacc
+        if self.tiles.tv is not None:
+            self.tacc += p @ self.tiles.tv[:, :, keys]
+        self.l = a * self.l + p.sum(-1, keepdim=True)
+        self.acc = a * self.acc + p @ v
+        self.m = peak
+
+    def _fix_shift(self, t: Tensor, live: Tensor | None, shape: torch.Size) -> None:
+        """Set c of the rows that meet their first live keys in this tile (l is 0 until then)."""
+        if live is None:
+            mean = t.mean(-1, keepdim=True)
+        else:
+            count = live.expand(*shape[:2], self.tiles.groups, -1, shape[-1]).flatten(2, 3)
+            mean = t.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)
+        self.c = torch.where(self.l == 0, mean, self.c)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """(O, tO, lse, mu), normalised."""
+        dead = self.l == 0
+        total = self.l.masked_fill(dead, 1.0)
+        out, mu = self.acc / total, self.mu / total
+        t_out = self.tacc / total - mu * out
+        lse = self.m + total.log()
+        return out, t_out, lse, (mu + self.c).masked_fill(dead, 0.0)
+
+
+def backward(problem: Backward) -> None:
+    """The closed form, one tile of rows and keys at a time; lse and mu stand for the softmax."""
+    tiles = _Tiles(problem)
+    sums = {
+        name: None if x is None else torch.zeros_like(x, dtype=tiles.dtype)
+        for name in ("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
+        for x in (getattr(problem, name),)
+    }
+    for rows in tiles.row_tiles():
+        row = _RowGradient(tiles, rows)
+        for keys in tiles.key_tiles(rows):
+            row.add(keys, sums)
+    for name, total in sums.items():
+        if total is not None:
+            getattr(problem, name).copy_(total)
+
+
+class _RowGradient:
+    """The gradients that a tile of rows [B, Hk, G rows, X] sends out, a tile of keys at a time."""
+
+    def __init__(self, tiles: _Tiles, rows: slice):
+        p = tiles.problem
+        self.tiles, self.span = tiles, rows
+        self.q, self.tq, out, t_out, self.do, self.dto = (
+            tiles.rows(x, rows) for x in (p.q, p.tq, p.out, p.t_out, p.dout, p.dt_out)
+        )
+        lse = tiles.rows(p.lse[..., None], rows)
+        self.lse = lse.masked_fill(lse == -math.inf, math.inf)  # P = exp(S - lse) = 0 in a dead row
+        self.delta = torch.zeros_like(lse)
+        if self.do is not None:
+            self.delta += (self.do * out).sum(-1, keepdim=True)
+        if self.dto is not None:
+            self.mu = tiles.rows(p.mu[..., None], rows)
+            self.beta = (self.dto * out).sum(-1, keepdim=True)
+            self.delta += (self.dto * t_out).sum(-1, keepdim=True) - self.mu * self.beta
+
+    def add(self, keys: slice, sums: dict[str, Tensor | None]) -> None:
+        tiles, do, dto = self.tiles, self.do, self.dto
+        s, t, _ = tiles.scores(self.q, self.tq, self.span, keys)
+        p = torch.exp(s.flatten(2, 3) - self.lse)
+        v = tiles.v[:, :, keys]
+        a = torch.zeros_like(p) if do is None else do @ v.mT
+        grad_t = t_p = None
+        if dto is None:
+            grad_s = p * (a - self.delta)
+        else:
+            if tiles.tv is not None:
+                a = a + dto @ tiles.tv[:, :, keys].mT
+            b = dto @ v.mT
+            t = torch.zeros_like(p) if t is None else t.flatten(2, 3)
+            t_p = p * (t - self.mu)
+            grad_t = p * (b - self.beta)
+            grad_s = p * (a - self.beta * t - self.delta) + t_p * b
+        self._scatter(keys, sums, p, t_p, grad_s, grad_t)
+
+    def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:
+        """Add this tile's part to every gradient that is wanted."""
+        tiles, scale = self.tiles, self.tiles.problem.scale
+        k, tk = tiles.k[:, :, keys], None if tiles.tk is None else tiles.tk[:, :, keys]
+        self._to_rows(sums["dq"], scale, (grad_s, k), (grad_t, tk))
+        self._to_rows(sums["dtq"], scale, (grad_t, k))
+        self._to_keys(sums["dk"], keys, scale, (grad_s, self.q), (grad_t, self.tq))
+        self._to_keys(sums["dtk"], keys, scale, (grad_t, self.q))
+        self._to_keys(sums["dv"], keys, 1.0, (p, self.do), (t_p, self.dto))
+        self._to_keys(sums["dtv"], keys, 1.0, (p, self.dto))
+        self._to_mask(sums["dmask"], keys, grad_s)
+        self._to_mask(sums["dtmask"], keys, grad_t)
+
+    def _to_rows(self, total: Tensor | None, scale: float, *products) -> None:
+        for x, y in products:
+            if total is not None and x is not None and y is not None:
+                part = (x @ y).reshape(self.tiles.b, self.tiles.h, -1, y.shape[-1])
+                total[:, :, self.span].add_(part, alpha=scale)
+
+    def _to_keys(self, total: Tensor | None, keys: slice, scale: float, *products) -> None:
+        for x, y in products:
+            if total is not None and x is not None and y is not None:
+                total[:, :, keys].add_(x.mT @ y, alpha=scale)
+
+    def _to_mask(self, total: Tensor | None, keys: slice, x: Tensor | None) -> None:
+        if total is None or x is None:
+            return
+        total = total if total.shape[2] == 1 else total[:, :, self.span]
+        total = total if total.shape[3] == 1 else total[..., keys]
+        total += x.reshape(self.tiles.b, self.tiles.h, -1, x.shape[-1]).sum_to_size(total.shape)

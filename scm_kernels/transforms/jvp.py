@@ -1,0 +1,82 @@
+"""`torch.func.jvp` of a whole network through this package's paths."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from scm_kernels import _checks
+from scm_kernels.transforms.fused import Fused
+
+
+def jvp(
+    func: Callable,
+    primals: tuple,
+    tangents: tuple,
+    *,
+    has_aux: bool = False,
+    tangent_grad: bool = False,
+) -> tuple:
+    """The output of a network and its directional derivative, in one pass.
+
+    The contract of `torch.func.jvp`. Inside, attention, linear layers, convolutions, matrix
+    products and norms on dual tensors take this package's paths, of an unmodified model. `out`
+    keeps its autograd graph, so that the network's parameters get gradients through it. With
+    `tangent_grad` False no graph and no saved activation is kept for `t_out`: one pass serves both
+    the target of a consistency model and the gradient, in the memory of an ordinary forward.
+
+    Args:
+        func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with
+            `has_aux` a pair of that and anything).
+        primals: tuple of tensors, or pytrees of tensors, of a floating dtype, at which to evaluate.
+        tangents: the direction, of the structure of `primals`, each tensor of its primal's shape,
+            dtype and device.
+        has_aux: `func` returns (out, aux), and aux comes back as the third value.
+        tangent_grad: keep the graph of `t_out` too, for losses that differentiate through it.
+
+    Returns:
+        (out, t_out), or (out, t_out, aux) with `has_aux`; t_out has the structure of out.
+
+    Raises:
+        TypeError, ValueError: primals or tangents do not fit; the message names the one.
+        NotImplementedError: an op inside would lose its tangent (a custom op without a rule, a jvp
+            of a jvp).
+
+    Source: Lu & Song, arXiv 2410.11081, section 4 (the tangent of a consistency model is one JVP).
+    """
+    if not callable(func):
+        raise TypeError(f"func: got {_checks.describe(func)}, expected a callable")
+    _check(primals, tangents)
+    mode = Fused(tangent_grad=tangent_grad)
+
+    def seen_through(*args):
+        with mode:
+            return func(*args)
+
+    if not tangent_grad:
+        tangents = _detached(tangents)
+    out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
+    return (out, t_out if tangent_grad else _detached(t_out), *aux)
+
+
+def _detached(tree):
+    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def _check(primals, tangents) -> None:
+    for name, tree in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(tree, tuple) or not tree:
+            raise TypeError(
+                f"{name}: got {_checks.describe(tree)}, expected a tuple, one entry for each "
+                "argument of func"
+            )
+    flat, spec = pytree.tree_flatten(primals)
+    flat_tangents, tangent_spec = pytree.tree_flatten(tangents)
+    if spec != tangent_spec:
+        raise ValueError(
+            f"tangents: got the structure {tangent_spec}, expected that of primals, {spec}"
+        )
+    for i, (primal, tangent) in enumerate(zip(flat, flat_tangents, strict=True)):
+        _checks.tensor(f"primals[{i}]", primal)
+        _checks.like(f"tangents[{i}]", tangent, f"primals[{i}]", primal)

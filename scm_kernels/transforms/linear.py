@@ -1,0 +1,65 @@
+"""Functions that are linear in each operand: the product rule, with no product for an absent
+tangent.
+
+    y = f(x, w) + b        ty = f(tx, w) + f(x, tw) + tb
+
+PyTorch materialises an absent tangent as zeros and multiplies it: its jvp of a linear layer with
+constant weights runs three GEMMs where two are needed. One GEMM over the stacked [x ; tx] would
+also do, and is not used: see `benchmarks/linear.py`.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from scm_kernels.attention.op import unpack
+
+
+def tangent_context(mode):
+    """Where a rule computes a tangent: autograd looks away unless the mode says otherwise."""
+    return nullcontext() if mode.tangent_grad else torch.no_grad()
+
+
+def bilinear(func, *names: str):
+    """A rule for `func(x, w, ...)` or `func(x, w, b, ...)`, whose first parameters are `names`."""
+
+    def rule(mode, *args, out=None, **kwargs):
+        if out is not None:  # PyTorch refuses it on dual tensors, in its own words
+            return func(*args, out=out, **kwargs)
+        rest = args[len(names) :]
+        operands = [*args[: len(names)], *(kwargs.pop(name, None) for name in names[len(args) :])]
+        (x, tx), (w, tw), *biases = map(unpack, operands)
+
+        def call(x, w, *bias):
+            return func(x, w, *bias, *rest, **kwargs)
+
+        out = call(x, w, *(b for b, _ in biases))
+        t_biases = [tb for _, tb in biases]
+        with tangent_context(mode):
+            if tx is None and tw is None:
+                tx = torch.zeros_like(x)
+            t_out = None if tx is None else call(tx, w, *t_biases)
+            if tw is not None:
+                part = call(x, tw, *(t_biases if tx is None else [None] * len(biases)))
+                t_out = part if t_out is None else t_out + part
+        return forward_ad.make_dual(out, t_out)
+
+    return rule
+
+
+def einsum(mode, equation, *operands):
+    """The product rule for `torch.einsum(equation, *operands)`."""
+    if not isinstance(equation, str):  # the form with sublists
+        return torch.einsum(equation, *operands)
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = operands[0]
+    primals, tangents = zip(*map(unpack, operands), strict=True)
+    out = torch.einsum(equation, *primals)
+    with tangent_context(mode):
+        t_out = None
+        for i, tangent in enumerate(tangents):
+            if tangent is not None:
+                part = torch.einsum(equation, *primals[:i], tangent, *primals[i + 1 :])
+                t_out = part if t_out is None else t_out + part
+    return forward_ad.make_dual(out, t_out)
