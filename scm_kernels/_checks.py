@@ -17,6 +17,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a few numbers a sample: float64, which every device but Apple's has."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def tensor(name: str, value: object, *, dtypes: tuple = FLOATS) -> None:
     """`value` must be a tensor of one of the dtypes."""
     if not isinstance(value, Tensor):

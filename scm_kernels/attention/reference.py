@@ -55,7 +55,7 @@ def refuses(problem: Forward | Backward) -> str | None:
 
 
 def dense(q, k, v, tq, tk, tv, mask, tmask, *, causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """(O, tO, lse, mu) by the formula: O(M N) memory, the inputs' dtype, any order of derivative."""
+    """(O, tO, lse, mu) by the formula: O(M N) memory, inputs' dtype, any order of derivative."""
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     groups = q.shape[1] // k.shape[1]
     k, v, tk, tv = (
@@ -139,17 +139,21 @@ class _Tiles:
             return None
         return self._wide(x[:, :, rows]).reshape(self.b, self.hk, -1, x.shape[3])
 
+    def scaled_rows(self, x: Tensor | None, rows: slice) -> Tensor | None:
+        """scale Q, or scale tQ, of a tile of rows."""
+        return None if x is None else self.rows(x, rows) * self.problem.scale
+
     def scores(self, q, tq, rows: slice, keys: slice):
-        """(S, T, live) of a tile [B, Hk, G, rows, keys]; T is None where no tangent enters it."""
+        """(S, T, live) of a tile [B, Hk, G, rows, keys] from scaled rows; T None: no tangent."""
         p = self.problem
         k = self.k[:, :, keys].mT
-        s = self._unfold((q * p.scale) @ k)
+        s = self._unfold(q @ k)
         s, live = _masked(s, self._mask(p.mask, rows, keys), p.causal, rows=rows, keys=keys)
         t = None
         if tq is not None:
-            t = self._unfold((tq * p.scale) @ k)
+            t = self._unfold(tq @ k)
         if self.tk is not None:
-            u = self._unfold((q * p.scale) @ self.tk[:, :, keys].mT)
+            u = self._unfold(q @ self.tk[:, :, keys].mT)
             t = u if t is None else t.add_(u)
         if p.tmask is not None:
             u = self._mask(p.tmask, rows, keys)
@@ -176,7 +180,7 @@ def forward(problem: Forward) -> None:
     """One streaming pass over the keys, for one tile of rows at a time."""
     tiles = _Tiles(problem)
     for rows in tiles.row_tiles():
-        q, tq = tiles.rows(problem.q, rows), tiles.rows(problem.tq, rows)
+        q, tq = tiles.scaled_rows(problem.q, rows), tiles.scaled_rows(problem.tq, rows)
         state = _RowState(tiles, q.shape[2])
         for keys in tiles.key_tiles(rows):
             state.add(*tiles.scores(q, tq, rows, keys), keys)
@@ -193,18 +197,13 @@ class _RowState:
 
     def __init__(self, tiles: _Tiles, rows: int):
         self.tiles = tiles
-        options = {"dtype": tiles.dtype, "device": tiles.k.device}
-        shape = (tiles.b, tiles.hk, rows)
-        self.m = torch.full((*shape, 1), -math.inf, **options)
-        self.l = torch.zeros((*shape, 1), **options)
-        self.mu = torch.zeros((*shape, 1), **options)
-        self.c = torch.zeros((*shape, 1), **options)
-        self.acc = torch.zeros((*shape, tiles.e), **options)
-        self.tacc = torch.zeros((*shape, tiles.e), **options)
+        zeros = tiles.k.new_zeros(tiles.b, tiles.hk, rows, 1)
+        self.m, self.l, self.mu, self.c = zeros - math.inf, zeros, zeros, zeros
+        self.acc = self.tacc = zeros  # of width 1 until the first tile
 
     def add(self, s: Tensor, t: Tensor | None, live: Tensor | None, keys: slice) -> None:
         """Take in one tile: s, t [B, Hk, G, rows, keys]."""
-        v = self.tiles.v[:, :, keys]
+        tiles, v = self.tiles, self.tiles.v[:, :, keys]
         s = s.flatten(2, 3)
         peak = torch.maximum(self.m, s.amax(-1, keepdim=True))
         finite = peak.masked_fill(peak == -math.inf, 0.0)
@@ -213,15 +212,15 @@ class _RowState:
         if t is not None:
             t = t.flatten(2, 3)
             self._fix_shift(t, live, p.shape)
-            h = p * (t - self.c)
+            h = (t - self.c).mul_(p)
             self.mu = a * self.mu + h.sum(-1, keepdim=True)
-            self.tacc = a * self.tacc + h @ v
-        elif self.tiles.tv is not None:
+            self.tacc = torch.addcmul(h @ v, a, self.tacc)
+        elif tiles.tv is not None:
             self.tacc = a * self.tacc
-        if self.tiles.tv is not None:
-            self.tacc += p @ self.tiles.tv[:, :, keys]
+        if tiles.tv is not None:
+            self.tacc = self.tacc + p @ tiles.tv[:, :, keys]
         self.l = a * self.l + p.sum(-1, keepdim=True)
-        self.acc = a * self.acc + p @ v
+        self.acc = torch.addcmul(p @ v, a, self.acc)
         self.m = peak
 
     def _fix_shift(self, t: Tensor, live: Tensor | None, shape: torch.Size) -> None:
@@ -229,8 +228,9 @@ class _RowState:
         if live is None:
             mean = t.mean(-1, keepdim=True)
         else:
-            count = live.expand(*shape[:2], self.tiles.groups, -1, shape[-1]).flatten(2, 3)
-            mean = t.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)
+            groups = self.tiles.groups
+            live = live.expand(*shape[:2], groups, shape[2] // groups, shape[3]).flatten(2, 3)
+            mean = t.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
         self.c = torch.where(self.l == 0, mean, self.c)
 
     def finish(self) -> tuple[Tensor, ...]:
@@ -266,8 +266,9 @@ class _RowGradient:
     def __init__(self, tiles: _Tiles, rows: slice):
         p = tiles.problem
         self.tiles, self.span = tiles, rows
-        self.q, self.tq, out, t_out, self.do, self.dto = (
-            tiles.rows(x, rows) for x in (p.q, p.tq, p.out, p.t_out, p.dout, p.dt_out)
+        self.q, self.tq = tiles.scaled_rows(p.q, rows), tiles.scaled_rows(p.tq, rows)
+        out, t_out, self.do, self.dto = (
+            tiles.rows(x, rows) for x in (p.out, p.t_out, p.dout, p.dt_out)
         )
         lse = tiles.rows(p.lse[..., None], rows)
         self.lse = lse.masked_fill(lse == -math.inf, math.inf)  # P = exp(S - lse) = 0 in a dead row
@@ -300,27 +301,27 @@ class _RowGradient:
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:
         """Add this tile's part to every gradient that is wanted."""
-        tiles, scale = self.tiles, self.tiles.problem.scale
+        tiles = self.tiles
         k, tk = tiles.k[:, :, keys], None if tiles.tk is None else tiles.tk[:, :, keys]
-        self._to_rows(sums["dq"], scale, (grad_s, k), (grad_t, tk))
-        self._to_rows(sums["dtq"], scale, (grad_t, k))
-        self._to_keys(sums["dk"], keys, scale, (grad_s, self.q), (grad_t, self.tq))
-        self._to_keys(sums["dtk"], keys, scale, (grad_t, self.q))
-        self._to_keys(sums["dv"], keys, 1.0, (p, self.do), (t_p, self.dto))
-        self._to_keys(sums["dtv"], keys, 1.0, (p, self.dto))
+        self._to_rows(sums["dq"], (grad_s, k), (grad_t, tk))
+        self._to_rows(sums["dtq"], (grad_t, k))
+        self._to_keys(sums["dk"], keys, (grad_s, self.q), (grad_t, self.tq))
+        self._to_keys(sums["dtk"], keys, (grad_t, self.q))
+        self._to_keys(sums["dv"], keys, (p, self.do), (t_p, self.dto))
+        self._to_keys(sums["dtv"], keys, (p, self.dto))
         self._to_mask(sums["dmask"], keys, grad_s)
         self._to_mask(sums["dtmask"], keys, grad_t)
 
-    def _to_rows(self, total: Tensor | None, scale: float, *products) -> None:
+    def _to_rows(self, total: Tensor | None, *products) -> None:
         for x, y in products:
             if total is not None and x is not None and y is not None:
                 part = (x @ y).reshape(self.tiles.b, self.tiles.h, -1, y.shape[-1])
-                total[:, :, self.span].add_(part, alpha=scale)
+                total[:, :, self.span].add_(part, alpha=self.tiles.problem.scale)
 
-    def _to_keys(self, total: Tensor | None, keys: slice, scale: float, *products) -> None:
+    def _to_keys(self, total: Tensor | None, keys: slice, *products) -> None:
         for x, y in products:
             if total is not None and x is not None and y is not None:
-                total[:, :, keys].add_(x.mT @ y, alpha=scale)
+                total[:, :, keys] += x.mT @ y
 
     def _to_mask(self, total: Tensor | None, keys: slice, x: Tensor | None) -> None:
         if total is None or x is None:

@@ -1,0 +1,185 @@
+"""The three ops behind `op.py`: schema, kernel, fake, autograd and vmap.
+
+    tangent_norm      sum of g^2 a sample, a constant
+    tangent_apply     g, linear in the coefficients; F, V, X and J are constants
+    tangent_distance  q = ||F - F^- - g||^2 with a known value; its gradient is `tangent_apply`
+
+F, V, X, J are [B, D], the coefficients [B, 4]; symbols and derivation in `reference.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from scm_kernels import _backends, _library
+from scm_kernels.tangent.problem import Apply, Norm
+
+_INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j, Tensor coefficients"
+_INSTEAD = (
+    "normalized_tangent is a constant, and consistency_loss is differentiable in reverse mode alone, in output and "
+    "log_weight."
+)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of scalars a sample: float64, which every device but Apple's has."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, D] with a contiguous last dimension, which every backend may rely on."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _fold(info, in_dims, tensors) -> list[Tensor]:
+    """A vmapped dimension is one more batch dimension, folded into B."""
+    folded = []
+    for x, dim in zip(tensors, in_dims, strict=False):
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        folded.append(x.flatten(0, 1))
+    return folded
+
+
+def _vmap(op):
+    """The batching rule that all three ops share."""
+
+    def rule(info, in_dims, *args):
+        *tensors, backend = args
+        folded = _fold(info, in_dims, tensors)
+        out = op(*folded, backend)
+        return out.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
+
+    return rule
+
+
+# --- tangent_norm -----------------------------------------------------------------------------------
+
+
+def _fake_norm(f, v, x, j, coefficients, backend):
+    return coefficients.new_empty(coefficients.shape[0])
+
+
+def _norm(f, v, x, j, coefficients, backend):
+    squares = coefficients.new_empty(coefficients.shape[0])
+    if f.numel() > 0:
+        problem = Norm(*map(_rows, (f, v, x, j)), coefficients.contiguous(), squares)
+        _backends.run("tangent", "norm", problem, backend)
+    return squares
+
+
+def _autograd_norm(*args):
+    _library.refuse_duals("tangent_norm", _INSTEAD, args[:5])
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.tangent_norm(*args)
+
+
+# --- tangent_apply ----------------------------------------------------------------------------------
+
+
+def _fake_apply(f, v, x, j, coefficients, backend):
+    return f.new_empty(f.shape)
+
+
+def _apply(f, v, x, j, coefficients, backend):
+    out = f.new_empty(f.shape)
+    if f.numel() > 0:
+        problem = Apply(*map(_rows, (f, v, x, j)), coefficients.contiguous(), out)
+        _backends.run("tangent", "apply", problem, backend)
+    return out
+
+
+class _Apply(_library.Function):
+    """Linear in the coefficients; only a double backward comes here."""
+
+    @staticmethod
+    def forward(ctx, f, v, x, j, coefficients, backend):
+        ctx.save_for_backward(f, v, x, j, coefficients)
+        with _library.below_autograd():
+            return torch.ops.scm_kernels.tangent_apply(f, v, x, j, coefficients, backend)
+
+    @staticmethod
+    def backward(ctx, dout):
+        *inputs, coefficients = ctx.saved_tensors
+        dout = dout.to(coefficients.dtype)
+        rates = torch.stack([(dout * x.detach()).sum(1) for x in inputs], dim=1)
+        rates = rates.masked_fill(_left_out(coefficients), 0.0)
+        return None, None, None, None, rates, None
+
+
+def _left_out(coefficients: Tensor) -> Tensor:
+    """[B, 1], True for a sample that `tangent_apply` leaves out."""
+    return coefficients.eq(0).all(1, keepdim=True)
+
+
+def _autograd_apply(*args):
+    *tensors, _backend = args
+    _library.refuse_duals("tangent_apply", _INSTEAD, tensors)
+    if _library.differentiable(tensors[4:]):
+        return _library.apply(_Apply, *args)
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.tangent_apply(*args)
+
+
+# --- tangent_distance -------------------------------------------------------------------------------
+
+
+def _fake_distance(f, v, x, j, coefficients, squares, backend):
+    return torch.empty_like(squares)
+
+
+def _distance(f, v, x, j, coefficients, squares, backend):
+    return squares.clone()
+
+
+class _Distance(_library.Function):
+    """q = ||F - F^- - g||^2, whose value, `squares`, is known. Gradients reach f alone."""
+
+    @staticmethod
+    def forward(ctx, f, v, x, j, coefficients, squares, backend):
+        ctx.save_for_backward(f, v, x, j, coefficients)
+        ctx.backend = backend
+        return squares.clone()
+
+    @staticmethod
+    def backward(ctx, dq):
+        f, v, x, j, coefficients = ctx.saved_tensors
+        dq = 2 * dq.unsqueeze(1)
+        df = torch.ops.scm_kernels.tangent_apply(f, v, x, j, -dq * coefficients, ctx.backend)
+        if torch.is_grad_enabled():
+            # A second derivative may follow: F - F^- is zero in value only.
+            wide = torch.promote_types(f.dtype, torch.float32)
+            still = dq.to(wide) * (f - f.detach())
+            df = df + still.masked_fill(_left_out(coefficients), 0.0).to(df.dtype)
+        return df, *(None,) * 6
+
+
+def _autograd_distance(*args):
+    *tensors, _backend = args
+    _library.refuse_duals("tangent_distance", _INSTEAD, tensors)
+    if _library.differentiable(tensors[:1]):
+        return _library.apply(_Distance, *args)
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.tangent_distance(*args)
+
+
+_ops = torch.ops.scm_kernels
+_library.define(
+    f"tangent_norm({_INPUTS}, str backend) -> Tensor",
+    kernel=_norm,
+    fake=_fake_norm,
+    autograd=_autograd_norm,
+    vmap=_vmap(lambda *args: _ops.tangent_norm(*args)),
+)
+_library.define(
+    f"tangent_apply({_INPUTS}, str backend) -> Tensor",
+    kernel=_apply,
+    fake=_fake_apply,
+    autograd=_autograd_apply,
+    vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
+)
+_library.define(
+    f"tangent_distance({_INPUTS}, Tensor squares, str backend) -> Tensor",
+    kernel=_distance,
+    fake=_fake_distance,
+    autograd=_autograd_distance,
+    vmap=_vmap(lambda *args: _ops.tangent_distance(*args)),
+)

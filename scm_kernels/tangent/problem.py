@@ -1,0 +1,43 @@
+"""What the ops hand to a backend: one problem for each step. Symbols are those of `reference.py`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """squares = sum over D of g^2, g = a F + b V + k X + d J, in one read of each input.
+
+    f, v, x, j [B, D], of one floating dtype, with stride(1) == 1 (or D == 1) and any stride(0), 0 included; two of
+    them may be the same tensor. coefficients [B, 4] contiguous: (a, b, k, d) a sample. B and D are positive.
+
+    Accumulate in float32 pairwise or compensated, or better, in an order that does not change from run to run. A
+    sample with a non-finite g has a non-finite sum of squares; it never touches another sample.
+    """
+
+    f: Tensor
+    v: Tensor
+    x: Tensor
+    j: Tensor
+    coefficients: Tensor  # float64 (float32 on a device without it)
+
+    # Output, allocated; every element is to be written.
+    squares: Tensor  # [B], the coefficients' dtype, contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """out = a F + b V + k X + d J in one elementwise pass, rounded once. Inputs as in `Norm`.
+
+    A row of zero coefficients writes zeros, whatever the inputs hold: that is how a non-finite sample is left out.
+    """
+
+    f: Tensor
+    v: Tensor
+    x: Tensor
+    j: Tensor
+    coefficients: Tensor
+
+    # Output, allocated; every element is to be written.
+    out: Tensor  # [B, D], f's dtype, contiguous
