@@ -1,0 +1,1 @@
+"""Measurements; each module runs alone, like `python -m benchmarks.linear`, and prints a table."""

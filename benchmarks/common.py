@@ -1,0 +1,68 @@
+"""What the measurements share: interleaved timing, the machine in words, a table, a JSON file."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def interleaved(providers: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict]:
+    """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike."""
+    times = {name: [] for name in providers}
+    for run in providers.values():
+        run()
+    for _ in range(repeats):
+        for name, run in providers.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _quantiles(values) for name, values in times.items()}
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=10)
+    return {"p20": cuts[1], "p50": statistics.median(values), "p80": cuts[7]}
+
+
+def machine() -> dict[str, object]:
+    """Where a figure comes from."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def report(title: str, rows: list[dict], json_path: str | None) -> None:
+    """Print rows as a table under the machine they were taken on, and write them if asked."""
+    about = machine()
+    print(title)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    texts = [[_text(value) for value in row.values()] for row in rows]
+    header = list(rows[0])
+    widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
+    for cells in (header, *texts):
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
