@@ -2,8 +2,8 @@
 
 Symbols: sd = sigma_data, the standard deviation of the data; z ~ N(0, sd^2 I); F the network.
 
-    x_t = cos t x0 + sin t z               dx_t/dt = cos t z - sin t x0        t in [0, pi/2], radians
-    PF-ODE: dx/dt = sd F(x / sd, t)        f(x, t) = cos t x - sd sin t F(x / sd, t)
+    x_t = cos t x0 + sin t z            dx_t/dt = cos t z - sin t x0         t in [0, pi/2], radians
+    PF-ODE: dx/dt = sd F(x / sd, t)     f(x, t) = cos t x - sd sin t F(x / sd, t)
 
 Everything here is plain, differentiable PyTorch. Trigonometry is done in float64, sums in float32
 (float64 for float64), and a result has the dtype of the tensors given.
@@ -81,7 +81,7 @@ def interpolate(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """dx_t/dt = cos t z - sin t x0: the diffusion target v_t, and dxdt of consistency training (sCT).
+    """dx_t/dt = cos t z - sin t x0: the diffusion target v_t, and dxdt of consistency training.
 
     Arguments, result and errors are those of `interpolate`.
     """
@@ -109,12 +109,17 @@ def tangent_inputs(
         sigma_data: sd, > 0.
 
     Returns:
-        Two pairs; each tangent has the shape and dtype of its primal.
+        Two pairs; each tangent has the shape and dtype of its primal. Where autocast is on, dxdt
+        may be of another dtype than x_t.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or sigma_data.
     """
     _checks.number("sigma_data", sigma_data, above=0.0)
+    _checks.tensor("x_t", x_t)
+    _checks.tensor("dxdt", dxdt)
+    if torch.is_autocast_enabled(x_t.device.type):  # a teacher's output is in the low precision
+        dxdt = dxdt.to(x_t.dtype)
     cos, sin = _cos_sin(x_t, "x_t", t, dxdt=dxdt)
     rate = cos * sin
     tangent = ((rate / sigma_data).to(_sum_dtype(x_t)) * dxdt).to(x_t.dtype)
@@ -138,7 +143,8 @@ def sample(
     Gradients flow through every step: call it under `torch.no_grad()` to sample only.
 
     Args:
-        network: (x / sd [B, ...] in noise's dtype, t [B] float32, float64 for float64) -> F, of x's shape.
+        network: (x / sd, t) -> F, like x; x / sd [B, ...] in noise's dtype, t [B] in float32
+            (float64 for float64).
         noise: x at times[0] [B, ...], drawn from N(0, sd^2 I).
         times: Decreasing times in (0, pi/2], radians; at least one.
         sigma_data: sd, > 0.
@@ -175,9 +181,9 @@ def solve_ode(
 ) -> Tensor:
     """Solve the PF-ODE dx/dt = sd F(x / sd, t) from t_max down to t_min: the teacher's sampler.
 
-    The times are uniform in t: t_i = t_max + (t_min - t_max) i / steps. With the exact F of a mixture
-    of narrow Gaussians around the digits of scikit-learn, Heun on this grid ended 2 to 5 times closer
-    (root mean square, 8 to 64 steps) to the solution than on EDM's rho = 7 grid of noise levels.
+    The times are uniform in t: t_i = t_max + (t_min - t_max) i / steps. With the exact F of a
+    mixture of narrow Gaussians around the digits of scikit-learn, Heun on this grid ended 2 to 5
+    times closer to the solution (root mean square, 8 to 64 steps) than on EDM's rho = 7 grid.
 
     As in EDM's sampler (arXiv 2206.00364, Algorithm 1) a Heun step that ends at t = 0 is an Euler
     step: networks are not trained at t = 0, and the order of the whole stays 2. So 32 steps are 63
@@ -186,12 +192,13 @@ def solve_ode(
     Gradients flow through every step: call it under `torch.no_grad()` to sample only.
 
     Args:
-        network: (x / sd [B, ...] in noise's dtype, t [B] float32, float64 for float64) -> F, of x's shape.
+        network: (x / sd, t) -> F, like x; x / sd [B, ...] in noise's dtype, t [B] in float32
+            (float64 for float64).
         noise: x at t_max [B, ...], drawn from N(0, sd^2 I).
         steps: Steps of the solver, >= 1.
         sigma_data: sd, > 0.
-        method: "euler", first order, `steps` evaluations; "heun", second order, 2 steps evaluations,
-            or 2 steps - 1 where t_min is 0.
+        method: "euler", first order, `steps` evaluations; "heun", second order, 2 steps
+            evaluations, or 2 steps - 1 where t_min is 0.
         t_max: Start, radians, in (0, pi/2]; None is arctan(80 / sd).
         t_min: End, radians, in [0, t_max).
 

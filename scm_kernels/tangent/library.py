@@ -15,14 +15,9 @@ from scm_kernels.tangent.problem import Apply, Norm
 
 _INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j, Tensor coefficients"
 _INSTEAD = (
-    "normalized_tangent is a constant, and consistency_loss is differentiable in reverse mode alone, in output and "
-    "log_weight."
+    "normalized_tangent is a constant, and consistency_loss has derivatives in reverse mode alone, "
+    "in output and log_weight."
 )
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of scalars a sample: float64, which every device but Apple's has."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -51,7 +46,7 @@ def _vmap(op):
     return rule
 
 
-# --- tangent_norm -----------------------------------------------------------------------------------
+# --- tangent_norm ---------------------------------------------------------------------------------
 
 
 def _fake_norm(f, v, x, j, coefficients, backend):
@@ -72,7 +67,7 @@ def _autograd_norm(*args):
         return torch.ops.scm_kernels.tangent_norm(*args)
 
 
-# --- tangent_apply ----------------------------------------------------------------------------------
+# --- tangent_apply --------------------------------------------------------------------------------
 
 
 def _fake_apply(f, v, x, j, coefficients, backend):
@@ -92,22 +87,16 @@ class _Apply(_library.Function):
 
     @staticmethod
     def forward(ctx, f, v, x, j, coefficients, backend):
-        ctx.save_for_backward(f, v, x, j, coefficients)
+        ctx.save_for_backward(f, v, x, j)
+        ctx.scalar_dtype = coefficients.dtype
         with _library.below_autograd():
             return torch.ops.scm_kernels.tangent_apply(f, v, x, j, coefficients, backend)
 
     @staticmethod
     def backward(ctx, dout):
-        *inputs, coefficients = ctx.saved_tensors
-        dout = dout.to(coefficients.dtype)
-        rates = torch.stack([(dout * x.detach()).sum(1) for x in inputs], dim=1)
-        rates = rates.masked_fill(_left_out(coefficients), 0.0)
+        dout = dout.to(ctx.scalar_dtype)
+        rates = torch.stack([(dout * x.detach()).sum(1) for x in ctx.saved_tensors], dim=1)
         return None, None, None, None, rates, None
-
-
-def _left_out(coefficients: Tensor) -> Tensor:
-    """[B, 1], True for a sample that `tangent_apply` leaves out."""
-    return coefficients.eq(0).all(1, keepdim=True)
 
 
 def _autograd_apply(*args):
@@ -119,7 +108,7 @@ def _autograd_apply(*args):
         return torch.ops.scm_kernels.tangent_apply(*args)
 
 
-# --- tangent_distance -------------------------------------------------------------------------------
+# --- tangent_distance -----------------------------------------------------------------------------
 
 
 def _fake_distance(f, v, x, j, coefficients, squares, backend):
@@ -143,12 +132,16 @@ class _Distance(_library.Function):
     def backward(ctx, dq):
         f, v, x, j, coefficients = ctx.saved_tensors
         dq = 2 * dq.unsqueeze(1)
-        df = torch.ops.scm_kernels.tangent_apply(f, v, x, j, -dq * coefficients, ctx.backend)
+        # A sample that is left out: its inputs may be NaN, and no derivative is to see that.
+        left_out = coefficients.eq(0).all(1, keepdim=True)
+        scaled = (-dq * coefficients).masked_fill(left_out, 0.0)
+        df = torch.ops.scm_kernels.tangent_apply(f, v, x, j, scaled, ctx.backend)
         if torch.is_grad_enabled():
             # A second derivative may follow: F - F^- is zero in value only.
+            zero = (f - f.detach()).masked_fill(left_out, 0.0)
+            # In float32 at least: an infinite dq would make NaN of a float16 zero.
             wide = torch.promote_types(f.dtype, torch.float32)
-            still = dq.to(wide) * (f - f.detach())
-            df = df + still.masked_fill(_left_out(coefficients), 0.0).to(df.dtype)
+            df = df + (dq.to(wide) * zero).to(df.dtype)
         return df, *(None,) * 6
 
 

@@ -1,6 +1,6 @@
-"""`normalized_tangent` and `consistency_loss`: the front door, its checks, and the scalars a sample.
+"""`normalized_tangent` and `consistency_loss`: the front door, its checks, the scalars of a sample.
 
-Symbols and derivation in `reference.py`, the presets in `presets.py`, the ops in `library.py`.
+Symbols and derivation are in `reference.py`, the presets in `presets.py`, the ops in `library.py`.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scm_kernels import _backends, _checks
-from scm_kernels.tangent.library import wide_dtype
+from scm_kernels.tangent import library as _library  # registers the ops  # noqa: F401
 from scm_kernels.tangent.presets import PRESETS, Preset
 
 _ops = torch.ops.scm_kernels
@@ -31,49 +31,58 @@ def normalized_tangent(
     preset: str = "paper",
     nan_policy: str | None = None,
 ) -> Tensor:
-    """The sCM tangent g of each sample, normalised: g / (||g|| + c)  (arXiv 2410.11081, section 4.2, Algorithm 1).
+    """The tangent g of each sample, normalised: g / (||g|| + c), with one norm a sample.
 
         g = -cos^2 t (sd F - dx/dt) - r (cos t sin t x_t + sd J)
 
-    It is a target: a constant, through which no gradient flows. `consistency_loss` uses it without storing it.
+    It is a target, so a constant: no gradient flows through it. `consistency_loss` uses it without
+    ever storing it.
 
     Args:
-        output: F [B, ...], the network at (x_t / sd, t); float16, bfloat16, float32 or float64, any strides.
-        dxdt: dx_t/dt, like output: cos t z - sin t x0 (training) or sd F_teacher(x_t / sd, t) (distillation).
-        x_t: Noisy data, like output.
+        output: F [B, ...], the network at (x_t / sd, t), with an element or more a sample; float16,
+            bfloat16, float32 or float64; any strides.
+        dxdt: dx_t/dt, like output: `trigflow.velocity` in consistency training,
+            sd F_teacher(x_t / sd, t) in distillation.
+        x_t: The noisy data, like output.
         jvp: J, like output: the tangent of F along (cos t sin t dxdt / sd, cos t sin t), as
             `trigflow.tangent_inputs` and `scm_kernels.jvp` give it.
         t: Times [B] in radians, in [0, pi/2]; any floating dtype.
-        warmup: r in [0, 1], the tangent warm-up min(1, step / 10000); a number, or a floating tensor of shape [] or
-            [B], whose values are not checked (that would wait for the device).
+        warmup: r in [0, 1], the paper's min(1, step / 10000); a number, or a floating tensor of
+            shape [] or [B], whose values are not checked (that would wait for the device).
         sigma_data: sd > 0, the standard deviation of the data.
-        c: >= 0; None is 0.1. At c = 0 a sample with g = 0 is 0 / 0.
-        preset: "paper", "rms" (||g|| / sqrt(D) for ||g||), "sana" (the same tangent as "paper") or "rcm"
-            (g = -cos t sqrt(1 - r^2 sin^2 t) (sd F - dx/dt) - (r cos t sin t x_t + sd J)).
-        nan_policy: "propagate", or "zero": a sample whose g or F has a NaN or an infinity becomes zeros. None is
-            "propagate", for "rcm" "zero". Either way it never touches another sample.
+        c: At least 0; None is 0.1. Where c = 0, a sample with g = 0 is 0 / 0.
+        preset: "paper" or "sana", as above; "rms", which has ||g|| / sqrt(D) for ||g||, D the
+            elements a sample; "rcm", which has
+            g = -cos t sqrt(1 - r^2 sin^2 t) (sd F - dx/dt) - (r cos t sin t x_t + sd J).
+        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity becomes NaN; "zero":
+            it becomes zeros; None: "zero" for "rcm", else "propagate". No other sample is touched.
 
     Returns:
-        Tensor like output, in the memory order of output.
+        A tensor like output, in output's order of memory. Where autocast is on, the four inputs may
+        differ in dtype, and are taken in the widest.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype (dxdt, x_t, jvp must have output's).
-        ValueError: a wrong shape or device, no elements a sample, an unknown name, a number out of its range, or the
+        TypeError: an argument of a wrong type, or a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, an unknown name, a number out of its range, or the
             preset "meanflow", which has no normalised tangent.
-        NotImplementedError: dual tensors (forward-mode AD), or a forced backend that does not take the input.
+        NotImplementedError: a dual tensor (its tangent would be lost), or a forced backend that
+            does not take these inputs.
+
+    Source: Lu & Song, arXiv 2410.11081, sections 4.2, 5.1, Algorithm 1; "rcm": arXiv 2510.08431.
     """
     chosen = _preset(preset)
     if preset == "meanflow":
         others = ", ".join(repr(name) for name in PRESETS if name != preset)
         raise ValueError(
-            f"preset: got 'meanflow', which has no normalised tangent, expected {others}"
+            f"preset: got 'meanflow', which has no normalised tangent, expected one of {others}"
         )
     inputs, order = _rows(output, dxdt, x_t, jvp)
     options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
     coefficients, _, _ = _scalars(inputs, options)
     tangent = _ops.tangent_apply(*inputs, coefficients, options.backend)
     tangent = tangent.reshape(output.shape[:1] + tuple(output.shape[i] for i in order))
-    return tangent.permute(0, *(1 + order.index(i) for i in range(1, output.ndim))).to(output.dtype)
+    places = (1 + order.index(i) for i in range(1, output.ndim))
+    return tangent.permute(0, *places).to(output.dtype)
 
 
 def consistency_loss(
@@ -91,49 +100,60 @@ def consistency_loss(
     nan_policy: str | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The sCM loss  L = exp(w) / D ||F - F^- - g / (||g|| + c)||^2 - w  (arXiv 2410.11081, Eq. 8, Algorithm 1).
+    """The sCM loss: L = exp(w) / D ||F - F^- - G||^2 - w a sample, with G the normalised tangent.
 
-    F^- is F with its gradient stopped, g the tangent of `normalized_tangent`, D the elements a sample. Gradients
-    reach `output` and `log_weight` only. The value takes one read of the four inputs, the gradient one more pass;
-    nothing is saved but the inputs and a few numbers a sample.
+    F^- is F with its gradient stopped, so ||F - F^- - G||^2 is ||G||^2 in value, and a regression
+    of F to the constant F^- + G in its gradient, which reaches `output` and `log_weight` only. The
+    value takes one read of the four inputs and the gradient one more; nothing is saved but the
+    inputs and a few numbers a sample. D is the number of elements a sample; ||.||^2 sums over them.
 
-    | preset | differs from the above in |
-    |---|---|
-    | "paper" | |
-    | "rms" | ||g|| / sqrt(D) in place of ||g|| |
-    | "sana" | the loss, without w, times 1 / (sd tan t); infinite at t = 0 (arXiv 2503.09641) |
-    | "rcm" | g as in `normalized_tangent`; 100 ||.||^2, a sum over D; no w (arXiv 2510.08431) |
-    | "meanflow" | exp(w) q / (q + c) - w with q = ||F - sg(u_tgt)||^2, a sum over D, the denominator held constant, \
-and u_tgt = dxdt - t jvp (arXiv 2505.13447, Eq. 10-11 and 22, p = 1) |
+    =========== =================================================================================
+    preset      what differs
+    =========== =================================================================================
+    "paper"     nothing
+    "rms"       G as in `normalized_tangent`
+    "sana"      exp(w) / (D sd tan t) for exp(w) / D (arXiv 2503.09641); infinite at t = 0
+    "rcm"       100 ||F - F^- - G||^2, no w; G as in `normalized_tangent` (arXiv 2510.08431)
+    "meanflow"  F - F^- - G is delta = u - stop(u_tgt), u_tgt = v - (t - r) du/dt, and the loss is
+                exp(w) p ||delta||^2 - w, p = 1 / (||delta||^2 + c) held constant (arXiv 2505.13447,
+                whose code sums ||.||^2 over the elements too)
+    =========== =================================================================================
 
     Args:
-        output: F [B, ...], the network at (x_t / sd, t); float16, bfloat16, float32 or float64, any strides.
-            "meanflow": u.
-        dxdt: dx_t/dt, like output. "meanflow": v.
-        x_t: Noisy data, like output. "meanflow" does not use it: None will do.
-        jvp: J, like output: the tangent of F along (cos t sin t dxdt / sd, cos t sin t). "meanflow": du/dt, the
-            tangent of u along (v, 0, 1).
+        output: F [B, ...], the network at (x_t / sd, t), with an element or more a sample; float16,
+            bfloat16, float32 or float64; any strides. "meanflow": u.
+        dxdt: dx_t/dt, like output: `trigflow.velocity` in consistency training,
+            sd F_teacher(x_t / sd, t) in distillation. "meanflow": v.
+        x_t: The noisy data, like output. "meanflow" does not use it: None will do.
+        jvp: J, like output: the tangent of F along (cos t sin t dxdt / sd, cos t sin t), as
+            `trigflow.tangent_inputs` and `scm_kernels.jvp` give it. "meanflow": du/dt, the tangent
+            of u along (v, 0, 1).
         t: Times [B] in radians, in [0, pi/2]; any floating dtype. "meanflow": the interval t - r.
-        log_weight: w [B], any floating dtype, a learned function of t (-logvar of others); None is 0, and all that
-            "rcm" takes.
-        warmup: r in [0, 1], the tangent warm-up min(1, step / 10000); a number, or a floating tensor of shape [] or
-            [B], whose values are not checked. "meanflow" has none: 1.
+        log_weight: w [B], learned as a function of t (minus the logvar of others); any floating
+            dtype. None is 0, and all that "rcm" takes.
+        warmup: r in [0, 1], the paper's min(1, step / 10000); a number, or a floating tensor of
+            shape [] or [B], whose values are not checked (that would wait for the device).
+            "meanflow": 1, it has none.
         sigma_data: sd > 0, the standard deviation of the data. "meanflow" does not use it.
-        c: >= 0; None is 0.1, for "meanflow" 0.01. At c = 0 a sample with g = 0 is 0 / 0.
+        c: At least 0; None is 0.1, for "meanflow" 0.01. Where c = 0, a sample with g = 0 is 0 / 0.
         preset: A row of the table.
-        nan_policy: "propagate", or "zero": a sample whose g or F has a NaN or an infinity gives 0 to the loss and
-            no gradient, to log_weight neither, and still counts in the mean. None is "propagate", for "rcm" "zero".
-            Either way it never touches another sample.
-        reduction: "mean" over samples (NaN for B = 0), or "none".
+        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity has the loss NaN;
+            "zero": it gives 0 to the loss, no gradient to output or log_weight, and still counts in
+            the mean; None: "zero" for "rcm", else "propagate". No other sample is touched.
+        reduction: "mean" over samples (NaN if B = 0), or "none".
 
     Returns:
-        The loss: a scalar, or [B] for "none"; float32, float64 for a float64 output.
+        The loss, a scalar, or [B] for "none"; float32, or float64 if output is. Where autocast is
+        on, the four inputs may differ in dtype, and are taken in the widest.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype (dxdt, x_t, jvp must have output's).
-        ValueError: a wrong shape or device, no elements a sample, an unknown name, a number out of its range, or an
+        TypeError: an argument of a wrong type, or a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, an unknown name, a number out of its range, or an
             argument that the preset does not have.
-        NotImplementedError: dual tensors (forward-mode AD), or a forced backend that does not take the input.
+        NotImplementedError: a dual tensor other than log_weight (its tangent would be lost), or a
+            forced backend that does not take these inputs.
+
+    Source: Lu & Song, arXiv 2410.11081, Eq. 8 and Algorithm 1.
     """
     chosen = _preset(preset)
     # meanflow has no term in x_t: dxdt in its place is read from cache, times zero.
@@ -143,7 +163,8 @@ and u_tgt = dxdt - t jvp (arXiv 2505.13447, Eq. 10-11 and 22, p = 1) |
     coefficients, squares, weight = _scalars(inputs, options)
     loss = weight * _ops.tangent_distance(*inputs, coefficients, squares, options.backend)
     if log_weight is not None:
-        w = torch.where(coefficients.eq(0).all(1), 0.0, log_weight.to(weight.dtype))
+        left_out = coefficients.eq(0).all(1)
+        w = log_weight.to(weight.dtype).masked_fill(left_out, 0.0)
         loss = loss * w.exp() - w
     loss = loss.mean() if reduction == "mean" else loss
     return loss.to(torch.promote_types(output.dtype, torch.float32))
@@ -164,21 +185,23 @@ class _Options:
 
 @torch.no_grad()
 def _scalars(inputs: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each sample: s (a, b, k, d) [B, 4], (s n)^2 [B], and p [B]; all zero where nan_policy leaves it out."""
+    """s (a, b, k, d) [B, 4], (s n)^2 [B] and p [B]; zeros for a sample that is left out."""
     preset, sd, c = options.preset, options.sigma_data, options.c
-    size = inputs[0].shape[1]
-    t = options.t.to(wide_dtype(options.t))
-    r = options.warmup
+    t, r, size = options.t, options.warmup, inputs[0].shape[1]
+    t = t.to(_checks.wide_dtype(t))
     r = r.to(t.dtype) if isinstance(r, Tensor) else r
     coefficients = torch.stack(preset.scalars(t, r, sd), dim=1)
     squares = _ops.tangent_norm(*inputs, coefficients, options.backend)
+    lost = ~squares.isfinite()
+    # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
+    squares = squares.masked_fill(lost, math.nan)
     scale = preset.scale(squares, size, c)
     weight = preset.weight(t, squares, size, sd, c)
-    scaled = scale.unsqueeze(1) * coefficients, scale * scale * squares, weight
-    if not options.zero:
-        return scaled
-    left_out = ~squares.isfinite()
-    return tuple(x.masked_fill(left_out.view(-1, *[1] * (x.ndim - 1)), 0.0) for x in scaled)
+    coefficients, squares = scale.unsqueeze(1) * coefficients, scale * scale * squares
+    if options.zero:
+        coefficients = coefficients.masked_fill(lost.unsqueeze(1), 0.0)
+        squares, weight = squares.masked_fill(lost, 0.0), weight.masked_fill(lost, 0.0)
+    return coefficients, squares, weight
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -195,20 +218,21 @@ def _one_of(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int]]:
-    """The four inputs, checked, as [B, D] in the memory order of output, and that order of its dimensions."""
+    """The four inputs, checked, as [B, D] in output's order of memory, and that order."""
     tensors = {"output": output, "dxdt": dxdt, "x_t": x_t, "jvp": jvp}
     for name, x in tensors.items():
         _checks.tensor(name, x)
+    if output.ndim < 1 or math.prod(output.shape[1:]) == 0:
+        raise ValueError(
+            f"output: got {_checks.describe(output)}, expected [B, ...] with an element or more "
+            "a sample"
+        )
     if torch.is_autocast_enabled(output.device.type):
         # As PyTorch's own ops of several inputs do under autocast: the widest dtype.
         wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors.values()))
         tensors = {name: x.to(wide) for name, x in tensors.items()}
     for name, x in tensors.items():
         _checks.like(name, x, "output", tensors["output"])
-    if output.ndim < 1 or math.prod(output.shape[1:]) == 0:
-        raise ValueError(
-            f"output: got {_checks.describe(output)}, expected [B, ...] with an element or more a sample"
-        )
     order = _memory_order(output)
     shape = (output.shape[0], math.prod(output.shape[1:]))
     return tuple(x.permute(0, *order).reshape(shape) for x in tensors.values()), order
@@ -246,12 +270,13 @@ def _check_loss(preset, output, log_weight, warmup, reduction) -> None:
     if log_weight is not None:
         if not PRESETS[preset].learned_weight:
             raise ValueError(
-                f"log_weight: got one for preset {preset!r}, which has none, expected None"
+                f"log_weight: got {_checks.describe(log_weight)}, expected None: preset {preset!r} "
+                "has no learned weight"
             )
         _check_scalar("log_weight", log_weight, output)
     if preset == "meanflow" and (isinstance(warmup, Tensor) or warmup != 1):
         raise ValueError(
-            f"warmup: got {warmup!r} for preset 'meanflow', which has none, expected 1.0"
+            f"warmup: got {_checks.describe(warmup)}, expected 1.0: preset {preset!r} has none"
         )
     _one_of("reduction", reduction, ("mean", "none"))
 
@@ -261,7 +286,8 @@ def _check_scalar(name: str, value: object, output: Tensor) -> None:
     _checks.tensor(name, value)
     if value.shape != output.shape[:1]:
         raise ValueError(
-            f"{name}: got {_checks.describe(value)}, expected one value a sample, shape {list(output.shape[:1])}"
+            f"{name}: got {_checks.describe(value)}, expected one value a sample, shape "
+            f"{list(output.shape[:1])}"
         )
     if value.device != output.device:
         raise ValueError(

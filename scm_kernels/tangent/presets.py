@@ -1,4 +1,4 @@
-"""The presets: what each relative of the sCM loss puts for the four scalars, the normaliser and the weight.
+"""The presets: the four scalars, the normaliser and the weight of each relative of the sCM loss.
 
 Every function takes and gives float64 tensors [B]. The derivation is in `reference.py`.
 """
@@ -27,7 +27,7 @@ def _rcm(t: Tensor, r: float | Tensor, sd: float) -> Scalars:
 
 
 def _meanflow(t: Tensor, r: float | Tensor, sd: float) -> Scalars:
-    """g = u_tgt - u = V - t J - F, t the interval: arXiv 2505.13447, Eq. 10-11. X, r and sd do not occur."""
+    """g = u_tgt - u = V - t J - F, t the interval: arXiv 2505.13447."""
     one = torch.ones_like(t)
     return -one, one, torch.zeros_like(t), -t
 

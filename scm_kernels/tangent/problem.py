@@ -1,4 +1,4 @@
-"""What the ops hand to a backend: one problem for each step. Symbols are those of `reference.py`."""
+"""What the ops hand to a backend: one problem for each step. Symbols as in `reference.py`."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,12 @@ from torch import Tensor
 class Norm:
     """squares = sum over D of g^2, g = a F + b V + k X + d J, in one read of each input.
 
-    f, v, x, j [B, D], of one floating dtype, with stride(1) == 1 (or D == 1) and any stride(0), 0 included; two of
-    them may be the same tensor. coefficients [B, 4] contiguous: (a, b, k, d) a sample. B and D are positive.
+    f, v, x, j [B, D], of one floating dtype, with stride(1) == 1 (or D == 1) and any stride(0), 0
+    included; two of them may be the same tensor. coefficients [B, 4] contiguous: (a, b, k, d) of
+    each sample. B and D are positive.
 
-    Accumulate in float32 pairwise or compensated, or better, in an order that does not change from run to run. A
-    sample with a non-finite g has a non-finite sum of squares; it never touches another sample.
+    Accumulate in float32 pairwise or compensated, or better, in an order that does not change from
+    run to run. A sample with a non-finite g gets a non-finite sum, and touches no other sample.
     """
 
     f: Tensor
@@ -30,7 +31,8 @@ class Norm:
 class Apply:
     """out = a F + b V + k X + d J in one elementwise pass, rounded once. Inputs as in `Norm`.
 
-    A row of zero coefficients writes zeros, whatever the inputs hold: that is how a non-finite sample is left out.
+    A row of zero coefficients writes zeros, whatever the inputs hold: that is how a non-finite
+    sample is left out.
     """
 
     f: Tensor

@@ -1,29 +1,31 @@
-"""The sCM tangent, its normalisation and its loss in plain PyTorch: the specification, and the backend for everywhere.
+"""The sCM tangent and its loss in plain PyTorch: the specification, and a backend for everywhere.
 
-Symbols, for one sample of D elements: F the network's output, F^- the same with its gradient stopped, V = dx/dt,
-X = x_t, J the tangent of F along (cos t sin t V / sd, cos t sin t); r the warm-up, w the learned log weight.
+Symbols, for one sample of D elements: F the network's output, F^- the same with its gradient
+stopped, V = dx/dt, X = x_t, J the tangent of F along (cos t sin t V / sd, cos t sin t), r the
+warm-up, w the learned log weight.
 
-    g = a F^- + b V + k X + d J             four scalars a sample, from t: `presets.py`
-    s = 1 / (||g|| + c)                     the normaliser; G = s g is the normalised tangent
-    L = exp(w) p ||F - F^- - G||^2 - w      p = 1 / D in the paper
+    g = a F^- + b V + k X + d J            four scalars a sample, from t: `presets.py`
+    s = 1 / (||g|| + c)                    the normaliser; G = s g is the normalised tangent
+    L = exp(w) p ||F - F^- - G||^2 - w     p = 1 / D in the paper
 
-For the paper (arXiv 2410.11081, Algorithm 1), g = cos t df/dt at r = 1:
+In the paper (arXiv 2410.11081, Algorithm 1), where g = cos t df/dt at r = 1:
 
     g = -cos^2 t (sd F^- - V) - r (cos t sin t X + sd J)
 
-F - F^- is zero in value but not in derivative, so the value of the distance q = ||F - F^- - G||^2 is ||G||^2 and needs
-the norm of g alone, while its gradient is that of a regression to a constant target:
+F - F^- is zero in value but not in derivative. So the distance q = ||F - F^- - G||^2 has the value
+||G||^2, which needs the norm of g alone, and the gradient of a regression to a constant:
 
-    n^2 = sum g^2                           step "norm":  one read of F, V, X, J
-    q   = (s n)^2                           nothing to compute
-    dF  = -2 dq s g                         step "apply": one more pass, with the four scalars times -2 dq s
-    dw  = exp(w) p q - 1                    PyTorch's own autograd, on [B]
+    n^2 = sum g^2                          step "norm":  one read of F, V, X, J
+    q   = (s n)^2                          numbers a sample
+    dF  = -2 dq s g                        step "apply": one more read, scalars times -2 dq s
+    dw  = exp(w) p q - 1                   numbers a sample, by PyTorch's own autograd
 
-Differentiating again, dF = 2 dq (F - F^- - G), so d(dF) = 2 dq dF' - 2 d(dq) G: `library.py` adds the first term
-where a second derivative may be asked for. s and p are constants: no gradient flows through n.
+dF is 2 dq (F - F^- - G) once more, and G and s and p are constants; so a second derivative is that
+of 2 dq (F - F^-) and that of -2 dq G in dq. `library.py` adds the first and differentiates "apply",
+which is linear in its scalars, for the second.
 
-Half inputs are combined in float32 and float64 ones in float64; squares are summed in float64, where neither the
-square of a large float32 overflows nor the order of summation shows.
+Half inputs are combined in float32, float64 ones in float64. Squares are summed in float64: the
+square of no float32 overflows there, and the order of the sum does not show.
 """
 
 from collections.abc import Iterator
@@ -72,7 +74,7 @@ def _combine(problem: Norm | Apply, rows: slice, columns: slice) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of x [B, D] that stay in a cache on a CPU, and that bound the temporaries elsewhere."""
+    """Blocks of x [B, D] that stay in a CPU's cache, and that bound the temporaries elsewhere."""
     budget = 2**16 if x.device.type == "cpu" else 2**24
     width = min(x.shape[1], budget)
     height = max(budget // width, 1)

@@ -1,0 +1,68 @@
+"""The project around the code: lint, packaging, the import, the snippets of the README."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Imports scm_kernels with everything but torch and the standard library out of reach, and uses it.
+IMPORT_ALONE = """
+import sys, time, torch
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in {"torch", "scm_kernels"} | sys.stdlib_module_names:
+            raise ImportError(f"{name} is out of reach in this test")
+sys.meta_path.insert(0, Blocker())
+start = time.perf_counter()
+import scm_kernels
+seconds = time.perf_counter() - start
+q = torch.randn(1, 2, 8, 4)
+out, t_out = scm_kernels.attention_jvp(q, q, q, q, None, q)
+assert t_out.isfinite().all()
+print(seconds)
+"""
+
+
+def run(*command: str, **kwargs) -> str:
+    """The output of a command that has to succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("format", "--check")])
+def test_lint(arguments):
+    run(sys.executable, "-m", "ruff", *arguments, ".", cwd=ROOT)
+
+
+def test_import_needs_torch_alone_and_is_quick():
+    seconds = [float(run(sys.executable, "-c", IMPORT_ALONE, cwd=ROOT)) for _ in range(3)]
+    assert min(seconds) < 0.2
+
+
+def test_wheel_and_sdist_build(tmp_path):
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
+    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.endswith(".py")}
+        archive.extractall(tmp_path / "site")
+    sources = (ROOT / "scm_kernels").rglob("*.py")
+    assert packed == {str(path.relative_to(ROOT)) for path in sources}
+    place = "import scm_kernels; print(scm_kernels.__file__)"
+    assert str(tmp_path) in run(sys.executable, "-c", place, cwd=tmp_path / "site")
+
+
+def test_readme_snippets_run():
+    """All Python blocks of the README, in order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)

@@ -1,0 +1,392 @@
+"""`normalized_tangent` and `consistency_loss` under every transform, forced backends, bad input.
+
+Values and gradients in eager mode are in `test_tangent.py`, which also holds the formula.
+"""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from test_tangent import DEVICE, PRESETS, close, eager_loss, make
+from torch.utils.checkpoint import checkpoint
+
+from scm_kernels import _backends
+from scm_kernels.tangent import consistency_loss, normalized_tangent, reference
+
+NAMES = ("output", "dxdt", "x_t", "jvp", "t", "log_weight")
+COMPILERS = ("aot_eager", "inductor")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def arguments(shape=(3, 2, 4), dtype=torch.float64):
+    tensors, t, w = make(shape, dtype)
+    return [*tensors, t, w]
+
+
+# --- forward mode: right or refused ---------------------------------------------------------------
+
+
+def losses(*args):
+    return consistency_loss(*args, preset="sana")
+
+
+def tangents(*args):
+    return normalized_tangent(*args[:5], preset="sana")
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(f, name) for f in (losses, tangents) for name in NAMES if (f, name) != (tangents, NAMES[5])],
+)
+def test_func_jvp_is_right_or_refused(function, name):
+    args, i = arguments(), NAMES.index(name)
+
+    def one(x):
+        return function(*args[:i], x, *args[i + 1 :])
+
+    if name == "log_weight":  # its derivative is that of plain PyTorch
+        direction = torch.randn_like(args[i])
+        _, tangent = torch.func.jvp(one, (args[i],), (direction,))
+        close(tangent, (torch.func.grad(one)(args[i]) * direction).sum(), rtol=1e-12)
+        return
+    for call in (
+        lambda: torch.func.jvp(one, (args[i],), (args[i],)),
+        lambda: torch.func.jacfwd(one)(args[i]),
+        lambda: torch.func.jvp(lambda x: torch.func.vmap(one)(x[None]), (args[i],), (args[i],)),
+        lambda: torch.func.vmap(lambda x: torch.func.jvp(one, (x,), (x,)))(args[i][None]),
+    ):
+        with pytest.raises(NotImplementedError, match="dual tensor"):
+            call()
+
+
+@pytest.mark.parametrize("name", NAMES[:5])
+def test_dual_level_is_refused(name):
+    args, i = arguments(), NAMES.index(name)
+    with forward_ad.dual_level():
+        args[i] = forward_ad.make_dual(args[i], torch.ones_like(args[i]))
+        for function in (losses, tangents):
+            with pytest.raises(NotImplementedError, match="dual tensor"):
+                function(*args)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_bare_ops_refuse_duals(i):
+    inputs = [torch.randn(3, 4, device=DEVICE) for _ in range(5)]
+    squares, ops = torch.rand(3, device=DEVICE), torch.ops.scm_kernels
+    with forward_ad.dual_level():
+        inputs[i] = forward_ad.make_dual(inputs[i], torch.ones_like(inputs[i]))
+        for call in (
+            lambda: ops.tangent_norm(*inputs, ""),
+            lambda: ops.tangent_apply(*inputs, ""),
+            lambda: ops.tangent_distance(*inputs, squares, ""),
+        ):
+            with pytest.raises(NotImplementedError, match="dual tensor"):
+                call()
+
+
+def test_a_dual_warmup_is_refused():
+    args = arguments()
+    with pytest.raises(NotImplementedError, match="dual tensor"):
+        torch.func.jvp(
+            lambda r: consistency_loss(*args, warmup=r), (torch.tensor(0.5),), (torch.tensor(1.0),)
+        )
+
+
+def test_jvp_over_grad_and_grad_over_jvp_are_refused():
+    F, *rest = arguments()
+
+    def loss(x):
+        return consistency_loss(x, *rest)
+
+    with pytest.raises(NotImplementedError, match="dual tensor"):
+        torch.func.jvp(torch.func.grad(loss), (F,), (F,))
+    with pytest.raises(NotImplementedError, match="dual tensor"):
+        torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (F,))[1])(F)
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_jvp_under_compile_is_refused(backend):
+    F, *rest = arguments()
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def call(x):
+        return torch.func.jvp(lambda y: consistency_loss(y, *rest), (x,), (x,))[1]
+
+    with pytest.raises(Exception, match="dual tensor"):
+        call(F)
+
+
+# --- reverse mode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_second_and_third_derivatives(preset):
+    """Differentiating F - F.detach() - G.detach() again and again, as autograd does."""
+    (F, *inputs, t, w), options = arguments(), {"preset": preset}
+    learned = () if preset == "rcm" else (w.requires_grad_(),)
+    generator = torch.Generator().manual_seed(1)
+    results = []
+    for function in (lambda *a, **k: consistency_loss(*a, reduction="none", **k), eager_loss):
+        generator.manual_seed(1)
+        leaves = (F.clone().requires_grad_(), *learned)
+        cotangent = torch.arange(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        loss = function(leaves[0], *inputs, t, *learned, **options)
+        order, derivatives = (loss * cotangent).sum(), []
+        for _ in range(3):
+            grads = torch.autograd.grad(order, (*leaves, cotangent), create_graph=True)
+            derivatives += grads
+            order = sum(
+                (g * torch.randn(g.shape, generator=generator, dtype=g.dtype).to(DEVICE)).sum()
+                for g in grads
+            )
+        results.append(derivatives)
+    for a, e in zip(*results, strict=True):
+        close(a, e, rtol=1e-12, scale=max(e.abs().max().item(), 1e-3))
+
+
+def test_gradients_reach_output_and_log_weight_alone():
+    args = [x.requires_grad_() for x in arguments()]
+    warmup = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    consistency_loss(*args, warmup=warmup).backward()
+    assert [x.grad is not None for x in (*args, warmup)] == [True, *[False] * 4, True, False]
+    assert not normalized_tangent(*args[:5]).requires_grad
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_func_grad_and_vmap(preset):
+    args = arguments()
+    args = args[:5] if preset == "rcm" else args
+    wrt = (0,) if preset == "rcm" else (0, 5)
+
+    def batch_loss(*args):
+        return consistency_loss(*args, preset=preset, reduction="none")
+
+    def sample_loss(*args):
+        return consistency_loss(*(x[None] for x in args), preset=preset)
+
+    leaves = [x.clone().requires_grad_() if i in wrt else x for i, x in enumerate(args)]
+    loss = batch_loss(*leaves)
+    expected = torch.autograd.grad(loss.sum(), [leaves[i] for i in wrt])
+    total = torch.func.grad(lambda *a: batch_loss(*a).sum(), argnums=wrt)(*args)
+    each = torch.func.vmap(torch.func.grad(sample_loss, argnums=wrt))(*args)
+    for actual in (total, each):
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e, rtol=1e-13)
+    close(torch.func.vmap(sample_loss)(*args), loss.detach(), rtol=1e-13)
+    jacobian = torch.func.jacrev(batch_loss)(*args)
+    close(jacobian.sum(0), expected[0], rtol=1e-13)
+    if preset != "meanflow":
+        alone = torch.func.vmap(
+            lambda *a: normalized_tangent(*(x[None] for x in a), preset=preset)[0]
+        )(*args[:5])
+        close(alone, normalized_tangent(*args[:5], preset=preset), rtol=1e-13)
+
+
+def test_vmap_over_one_argument():
+    """A batch of log weights, and tensors whose vmapped dimension is not the first."""
+    F, V, X, J, t, w = arguments()
+    stacked = torch.stack([F, 2 * F], dim=2)
+    actual = torch.func.vmap(
+        lambda f, w: consistency_loss(f, V, X, J, t, w, reduction="none"), in_dims=(2, None)
+    )(stacked, w)
+    for a, f in zip(actual, (F, 2 * F), strict=True):
+        close(a, consistency_loss(f, V, X, J, t, w, reduction="none"), rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", None)]
+)
+def test_compile(backend, dynamic):
+    """Forward and backward in one graph; a warm-up that moves at each step compiles twice only."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=dynamic)
+    def both(*args, warmup):
+        loss = consistency_loss(*args, warmup=warmup, nan_policy="zero")
+        return loss, normalized_tangent(*args[:5], warmup=warmup, preset="rms")
+
+    args = arguments((4, 3, 5))
+    args[0].requires_grad_()
+    args[5].requires_grad_()
+    for step in range(3):
+        warmup = 0.1 + step / 10
+        loss, tangent = both(*args, warmup=warmup)
+        expected = consistency_loss(*args, warmup=warmup, nan_policy="zero")
+        close(loss.detach(), expected.detach(), rtol=1e-13)
+        close(tangent, normalized_tangent(*args[:5], warmup=warmup, preset="rms"), rtol=1e-13)
+        leaves = (args[0], args[5])
+        for a, e in zip(
+            torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
+        ):
+            close(a, e, rtol=1e-13)
+    assert counter.frame_count <= 2
+
+
+def test_compile_keeps_the_layout():
+    args = arguments((2, 3, 4, 5))
+    args[0] = args[0].to(memory_format=torch.channels_last)
+    compiled = torch.compile(normalized_tangent, fullgraph=True, backend="aot_eager")
+    assert compiled(*args[:5]).stride() == args[0].stride()
+
+
+def test_opcheck():
+    F, V, X, J, *_ = arguments((3, 5))
+    for requires_grad in (False, True):
+        coefficients = torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
+        squares = torch.rand(3, dtype=torch.float64, device=DEVICE)
+        inputs = (F.clone().requires_grad_(requires_grad), V, X, J)
+        torch.library.opcheck(torch.ops.scm_kernels.tangent_norm, (F, V, X, J, coefficients, ""))
+        torch.library.opcheck(
+            torch.ops.scm_kernels.tangent_apply,
+            (F, V, X, J, coefficients.requires_grad_(requires_grad), ""),
+        )
+        torch.library.opcheck(
+            torch.ops.scm_kernels.tangent_distance,
+            (*inputs, coefficients.detach(), squares, ""),
+        )
+
+
+def test_checkpoint():
+    F, *rest = arguments()
+    x = F.clone().requires_grad_()
+    scale = torch.tensor(2.0, dtype=x.dtype, device=DEVICE, requires_grad=True)
+
+    def loss(x):
+        return consistency_loss(torch.tanh(scale * x), *rest)
+
+    plain = torch.autograd.grad(loss(x), (x, scale))
+    again = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), (x, scale))
+    assert all(map(torch.equal, plain, again))
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+def test_forced_backend(monkeypatch):
+    args = arguments()
+    with _backends.backend("reference"):
+        forced = consistency_loss(*args)
+    close(forced, consistency_loss(*args), rtol=1e-12)
+    with pytest.raises(ValueError, match="name: got 'fast', expected one of"):
+        _backends.backend("fast").__enter__()
+    monkeypatch.setenv("SCM_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SCM_KERNELS_BACKEND: got 'fast', expected one of"):
+        consistency_loss(*args)
+
+
+def test_a_backend_plugs_in_behind_the_op(monkeypatch):
+    """A planted one sees rows with a unit stride, both steps, and its refusal is heard."""
+    seen = []
+
+    class Planted:
+        refuses = staticmethod(lambda problem: "it is full" if len(problem.f) > 3 else None)
+
+        @staticmethod
+        def norm(problem):
+            seen.append("norm")
+            assert all(x.stride(1) == 1 for x in (problem.f, problem.v, problem.x, problem.j))
+            reference.norm(problem)
+
+        @staticmethod
+        def apply(problem):
+            seen.append("apply")
+            problem.out.fill_(7.0)
+
+    real = _backends._implementation
+    monkeypatch.setattr(
+        _backends,
+        "_implementation",
+        lambda op, name: (Planted, None) if name == "cpu" else real(op, name),
+    )
+    F, V, *rest = arguments()
+    x, rest = F.requires_grad_(), [torch.stack([V, V], dim=-1)[..., 0], *rest]
+    with _backends.backend("cpu"):
+        loss = consistency_loss(x, *rest)
+    with _backends.backend("reference"):  # the backward keeps the forward's backend
+        (dF,) = torch.autograd.grad(loss, x)
+    assert seen == ["norm", "apply"]
+    assert (dF == 7).all()
+    with (
+        _backends.backend("cpu"),
+        pytest.raises(NotImplementedError, match=r"'cpu' was forced.*it is full.*'reference'"),
+    ):
+        consistency_loss(*arguments((4, 5)))
+    assert consistency_loss(*arguments((4, 5))).isfinite()
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+A = torch.zeros(3, 2, 4, device=DEVICE)
+T = torch.zeros(3, device=DEVICE)
+
+
+@pytest.mark.parametrize("function", [consistency_loss, normalized_tangent])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"output": None}, TypeError, "output: got NoneType None, expected a tensor"),
+        ({"output": A.long()}, TypeError, r"output: got a int64 tensor.*one of the dtypes float16"),
+        ({"output": A[0, 0, 0]}, ValueError, r"output: got .*\[\].*expected \[B, ...\]"),
+        ({"dxdt": 1.0}, TypeError, "dxdt: got float 1.0, expected a tensor"),
+        ({"dxdt": A.double()}, TypeError, "dxdt: got a float64.*dtype of output.*float32"),
+        ({"x_t": A[:2]}, ValueError, r"x_t: got .*\[2, 2, 4\].*shape of output.*\[3, 2, 4\]"),
+        ({"x_t": A[:, :1]}, ValueError, r"x_t: got .*\[3, 1, 4\].*shape of output"),
+        ({"jvp": A[0]}, ValueError, r"jvp: got .*\[2, 4\].*shape of output"),
+        ({"jvp": A.to("meta")}, ValueError, "jvp: got .*on meta, expected the device of output"),
+        ({"t": 0.5}, TypeError, "t: got float 0.5, expected a tensor"),
+        ({"t": T.int()}, TypeError, "t: got a int32 tensor.*one of the dtypes"),
+        ({"t": T[:2]}, ValueError, r"t: got .*\[2\].*one value a sample, shape \[3\]"),
+        ({"t": T[:, None]}, ValueError, r"t: got .*\[3, 1\].*shape \[3\]"),
+        ({"t": T.to("meta")}, ValueError, "t: got .*on meta, expected output's device"),
+        ({"warmup": 1.5}, ValueError, "warmup: got 1.5, .*at least 0 and at most 1"),
+        ({"warmup": -0.1}, ValueError, "warmup: got -0.1, .*at least 0"),
+        ({"warmup": float("nan")}, ValueError, "warmup: got nan"),
+        ({"warmup": "1"}, TypeError, "warmup: got str '1', expected a number"),
+        ({"warmup": torch.ones(2, device=DEVICE)}, ValueError, r"warmup: got .*shape \[3\]"),
+        ({"warmup": torch.ones(3, device=DEVICE).int()}, TypeError, "warmup: got a int32"),
+        ({"sigma_data": 0.0}, ValueError, "sigma_data: got 0.0, .*above 0"),
+        ({"sigma_data": -1.0}, ValueError, "sigma_data: got -1.0, .*above 0"),
+        ({"sigma_data": None}, TypeError, "sigma_data: got NoneType None, expected a number"),
+        ({"c": -0.1}, ValueError, "c: got -0.1, .*at least 0"),
+        ({"c": float("inf")}, ValueError, "c: got inf, expected a finite number"),
+        ({"preset": "papr"}, ValueError, "preset: got 'papr', expected one of 'paper', 'rms'"),
+        ({"preset": None}, ValueError, "preset: got None, expected one of 'paper'"),
+        ({"nan_policy": "skip"}, ValueError, "nan_policy: got 'skip', .*'propagate', 'zero'"),
+    ],
+)
+def test_bad_input(function, change, error, message):
+    call = dict(zip(NAMES[:5], (A, A, A, A, T), strict=True)) | change
+    with pytest.raises(error, match=message):
+        function(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"log_weight": 0.0}, TypeError, "log_weight: got float 0.0, expected a tensor"),
+        ({"log_weight": T[:, None]}, ValueError, r"log_weight: got .*\[3, 1\].*shape \[3\]"),
+        ({"log_weight": T.bool()}, TypeError, "log_weight: got a bool tensor"),
+        ({"log_weight": T.to("meta")}, ValueError, "log_weight: got .*output's device"),
+        (
+            {"log_weight": T, "preset": "rcm"},
+            ValueError,
+            "log_weight: got .*expected None: .*'rcm'",
+        ),
+        ({"warmup": 0.5, "preset": "meanflow"}, ValueError, "warmup: got float 0.5, expected 1.0"),
+        ({"warmup": T, "preset": "meanflow"}, ValueError, "warmup: got a float32.*expected 1.0"),
+        ({"reduction": "sum"}, ValueError, "reduction: got 'sum', expected one of 'mean', 'none'"),
+    ],
+)
+def test_bad_input_of_the_loss(change, error, message):
+    call = dict(zip(NAMES[:5], (A, A, A, A, T), strict=True)) | change
+    with pytest.raises(error, match=message):
+        consistency_loss(**call)
+
+
+def test_meanflow_has_no_tangent_and_no_x_t():
+    with pytest.raises(ValueError, match=r"preset: got 'meanflow'.*no normalised tangent.*'paper'"):
+        normalized_tangent(A, A, A, A, T, preset="meanflow")
+    assert consistency_loss(A, A, None, A, T, preset="meanflow") == 0
