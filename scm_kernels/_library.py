@@ -8,6 +8,7 @@ functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pas
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -29,6 +30,7 @@ __all__ = [
     "below_autograd",
     "define",
     "differentiable",
+    "outer_levels",
     "refuse_duals",
 ]
 
@@ -78,3 +80,12 @@ def apply(function: type[Function], *args):
     """`function.apply` inside an Autograd kernel, where functorch has already chosen the level."""
     with enable_single_level_autograd_function():
         return function.apply(*args)
+
+
+@contextmanager
+def outer_levels():
+    """Below autograd from inside `Function.forward`, which turns both modes of AD off: the levels
+    of functorch's stack outside of this one (the other `grad` of `grad(grad(f))`) still need them.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+        yield

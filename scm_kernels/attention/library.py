@@ -38,6 +38,8 @@ def _stats_dtype(q: Tensor) -> torch.dtype:
 
 def _forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
     outputs = _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend)
+    if 0 in q.shape[:3]:  # no batch, heads or rows: no backend meets an empty problem
+        return outputs
     inputs = (_rowwise(x) for x in (q, k, v, tq, tk, tv))
     problem = Forward(*inputs, mask, tmask, causal, scale, *outputs)
     _backends.run("attention", "forward", problem, backend)
@@ -55,7 +57,7 @@ class _Attention(_library.Function):
     @staticmethod
     def forward(ctx, *args):
         *tensors, causal, scale, tangent_grad, backend = args
-        with _library.below_autograd():
+        with _library.outer_levels():
             out, t_out, lse, mu = torch.ops.scm_kernels.attention_jvp(*args)
         ctx.set_materialize_grads(False)
         if tangent_grad:
@@ -137,6 +139,8 @@ def _fake_backward(*args):
 def _backward(dout, dt_out, *args):
     *tensors, out, t_out, lse, mu, causal, scale, _wanted, backend = args
     gradients = _empty_backward(dout, dt_out, *args)
+    if 0 in lse.shape:
+        return [x.zero_() for x in gradients if x is not None]
     problem = Backward(
         *(_rowwise(x) for x in tensors[:6]),
         *tensors[6:],
@@ -160,7 +164,7 @@ class _AttentionBackward(_library.Function):
     def forward(ctx, *args):
         dout, dt_out, *tensors = args[:10]
         causal, scale, wanted, _ = args[14:]
-        with _library.below_autograd():
+        with _library.outer_levels():
             gradients = torch.ops.scm_kernels.attention_jvp_backward(*args)
         ctx.save_for_backward(dout, dt_out, *tensors)
         ctx.options = causal, scale, wanted

@@ -51,9 +51,9 @@ def scaled_dot_product_attention(
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.
     """
-    return dual_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, tangent_grad=True
-    )
+    args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    mode = torch.overrides._get_current_function_mode()  # of scm_kernels.jvp, for one
+    return dual_attention(*args, tangent_grad=getattr(mode, "tangent_grad", True))
 
 
 def dual_attention(
@@ -70,21 +70,22 @@ def dual_attention(
 ) -> Tensor:
     """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
     inputs = (query, key, value, attn_mask)
-    if forward_ad._current_level < 0 or not any(map(has_tangent, inputs)):
+    # A list, so that each input is looked at: the first dual one must not hide a batched one.
+    if forward_ad._current_level < 0 or not any([has_tangent(x) for x in inputs]):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    _checks.number("dropout_p", dropout_p)
     if dropout_p != 0.0:
         raise NotImplementedError(
             f"dropout_p: got {dropout_p!r}, expected 0.0 where an input is a dual tensor: primal "
             "and tangent would have to share one dropout mask, which is not supported"
         )
-    q, k, v, mask = _autocast(inputs)
-    (q, tq), (k, tk), (v, tv), (mask, tmask) = map(unpack, (q, k, v, mask))
-    out, t_out, _, _ = _attention(
-        (q, k, v, tq, tk, tv, mask, tmask), is_causal, scale, enable_gqa, tangent_grad
-    )
-    return forward_ad.make_dual(out, t_out)
+    with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
+        (q, tq), (k, tk), (v, tv), (mask, tmask) = map(unpack, _autocast(inputs))
+        tensors = (q, k, v, tq, tk, tv, mask, tmask)
+        out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
+        return forward_ad.make_dual(out, t_out)
 
 
 def attention_jvp(
@@ -148,7 +149,7 @@ def has_tangent(x: object) -> bool:
     """Whether x is a dual tensor at the current level."""
     if not isinstance(x, Tensor):
         return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+    if not torch.compiler.is_compiling() and _is_batched_here(x):
         raise NotImplementedError(
             "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
             "take vmap(jvp(f)), or give the batch to the op as a dimension"
@@ -156,10 +157,18 @@ def has_tangent(x: object) -> bool:
     return unpack(x)[1] is not None
 
 
+def _is_batched_here(x: Tensor) -> bool:
+    """Whether the innermost transform is a vmap over x; one outside of the jvp is in order."""
+    functorch = torch._C._functorch
+    if not functorch.is_batchedtensor(x):
+        return False
+    return functorch.maybe_get_level(x) == functorch.peek_interpreter_stack().level()
+
+
 def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
-    if x is None:
-        return None, None
+    if not isinstance(x, Tensor):  # None, or what the checks will refuse
+        return x, None
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
         tangent = None
@@ -185,7 +194,7 @@ def _autocast(tensors: tuple) -> tuple:
 
 def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Tensor, ...]:
     """Check, bring to four dimensions, call the op, and undo."""
-    _check(tensors, is_causal, enable_gqa)
+    _check(tensors, is_causal, scale, enable_gqa)
     lead, rank = _lead(tensors), tensors[0].ndim
     q, k, v, tq, tk, tv = _four_dimensions(tensors[:6], lead, enable_gqa)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -203,8 +212,9 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     return outputs
 
 
-def _check(tensors, is_causal, enable_gqa) -> None:
+def _check(tensors, is_causal, scale, enable_gqa) -> None:
     query, key, value, _, _, _, attn_mask, t_attn_mask = tensors
+    _check_options(is_causal, scale, enable_gqa)
     _checks.tensor("query", query)
     _checks.like("key", key, "query", query, shape=False)
     _checks.like("value", value, "query", query, shape=False)
@@ -214,6 +224,8 @@ def _check(tensors, is_causal, enable_gqa) -> None:
                 f"{name}: got {_checks.describe(x)}, expected [B, H, tokens, features], or another "
                 f"number of leading dimensions in query, key and value alike (query: {query.ndim})"
             )
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: got {_checks.describe(x)}, expected at least one feature")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"key: got {_checks.describe(key)}, expected query's last dimension, {query.shape[-1]}"
@@ -228,6 +240,16 @@ def _check(tensors, is_causal, enable_gqa) -> None:
     _check_mask(query, attn_mask, t_attn_mask, is_causal)
     if enable_gqa and query.ndim < 3:
         raise ValueError(f"enable_gqa: got True for {_checks.describe(query)}, expected heads")
+
+
+def _check_options(is_causal, scale, enable_gqa) -> None:
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(f"{name}: got {_checks.describe(flag)}, expected a bool")
+    if isinstance(scale, Tensor):  # float(scale) would drop its gradient and its tangent
+        raise TypeError(f"scale: got {_checks.describe(scale)}, expected a number; multiply query")
+    if scale is not None and not isinstance(scale, (torch.SymFloat, torch.SymInt)):
+        _checks.number("scale", scale)
 
 
 def _check_mask(query, attn_mask, t_attn_mask, is_causal) -> None:
@@ -282,7 +304,7 @@ def _heads(heads: list[int], enable_gqa: bool) -> tuple[int, int, int]:
     """The heads that query, key and value are to have: (H, Hk, Hk), H a multiple of Hk."""
     hq, hk, hv = heads
     if enable_gqa:
-        if hk != hv or hk == 0 or hq % hk != 0:
+        if hk != hv or hq % max(hk, 1) != 0 or (hk == 0) != (hq == 0):
             raise ValueError(
                 f"key, value: got {hk} and {hv} heads with enable_gqa, expected as many in both, "
                 f"and a divisor of query's {hq}"
@@ -299,7 +321,7 @@ def _heads(heads: list[int], enable_gqa: bool) -> tuple[int, int, int]:
 
 
 def _four_dimensional_mask(name, mask, dtype, lead, shape) -> Tensor | None:
-    """A mask with four dimensions, each of [B, H, M, N] or 1; bool, or of query's dtype."""
+    """A mask with four dimensions, each of [B, H, M, N] or 1; bool, query's dtype or float32."""
     if mask is None:
         return None
     full = (*lead, *shape[1:])
@@ -316,4 +338,5 @@ def _four_dimensional_mask(name, mask, dtype, lead, shape) -> Tensor | None:
         shared = all(m == 1 for m in mask.shape[:-3])
         mask = mask.expand(*((1,) * len(lead) if shared else lead), *mask.shape[-3:])
         mask = mask.flatten(0, -4)
-    return mask if mask.dtype in (torch.bool, dtype) else mask.to(dtype)
+    # A float32 mask beside half inputs keeps its digits, as in PyTorch's own function.
+    return mask.to(dtype) if mask.dtype == torch.float32 and dtype == torch.float64 else mask

@@ -57,7 +57,7 @@ def refuses(problem: Forward | Backward) -> str | None:
 def dense(q, k, v, tq, tk, tv, mask, tmask, *, causal: bool, scale: float) -> tuple[Tensor, ...]:
     """(O, tO, lse, mu) by the formula: O(M N) memory, inputs' dtype, any order of derivative."""
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    groups = q.shape[1] // k.shape[1]
+    groups = q.shape[1] // max(k.shape[1], 1)
     k, v, tk, tv = (
         None if x is None else x.repeat_interleave(groups, dim=1) for x in (k, v, tk, tv)
     )

@@ -3,6 +3,7 @@
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -30,15 +31,24 @@ def fused() -> TorchFunctionMode:
     Returns:
         A context manager (a `torch.overrides.TorchFunctionMode`).
     """
-    return Fused(tangent_grad=True)
+    return Fused(forget_level=None)
 
 
 class Fused(TorchFunctionMode):
-    """The mode; with `tangent_grad` False, autograd does not record what happens to tangents."""
+    """The mode. Autograd does not record what happens to the tangents of `forget_level`.
 
-    def __init__(self, *, tangent_grad: bool):
+    That is a level of functorch's stack, or None. Transforms inside that level are left alone: the
+    tangents of a jvp inside a jvp are part of what the outer one differentiates.
+    """
+
+    def __init__(self, *, forget_level: int | None):
         super().__init__()
-        self.tangent_grad = tangent_grad
+        self.forget_level = forget_level
+
+    @property
+    def tangent_grad(self) -> bool:
+        """Whether autograd is to record the tangents at the current level."""
+        return self.forget_level is None or self.forget_level != current_level()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,10 +57,19 @@ class Fused(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None and any(map(has_tangent, (*args, *kwargs.values()))):
             return rule(self, *args, **kwargs)
+        custom = _is_custom(func)
+        if custom:
+            _refuse_mutation(func, (args, kwargs))
         out = func(*args, **kwargs)
-        if _is_custom(func):
+        if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
         return out if self.tangent_grad else _forget_graph(func, out)
+
+
+def current_level() -> int:
+    """The level of functorch's innermost transform, 0 outside of any; under Dynamo too."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return 0 if interpreter is None else coerce_cinterpreter(interpreter).level()
 
 
 def _is_custom(func) -> bool:
@@ -58,6 +77,35 @@ def _is_custom(func) -> bool:
     packet = getattr(func, "overloadpacket", func)
     name = getattr(packet, "_qualified_op_name", "")
     return "::" in name and name.partition("::")[0] not in _PYTORCH_NAMESPACES
+
+
+def _writes(func) -> bool:
+    """Whether an op of `torch.library` writes to its arguments in a kernel of its own.
+
+    A composite op (`CompositeImplicitAutograd`) is PyTorch's own functions, and those take care of
+    the tangents.
+    """
+    if isinstance(func, torch._ops.OpOverload):
+        overloads = [func]
+    else:
+        overloads = [getattr(func, name) for name in func.overloads()]
+    return any(op._schema.is_mutable and not op._can_decompose() for op in overloads)
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which cannot trace
+# these two.
+_is_custom._dynamo_marked_constant = True
+_writes._dynamo_marked_constant = True
+
+
+def _refuse_mutation(func, inputs) -> None:
+    """Raise where an op of `torch.library` would leave the tangent of what it writes as it was."""
+    if _writes(func) and any(map(has_tangent, pytree.tree_leaves(inputs))):
+        raise NotImplementedError(
+            f"{func}: this custom op got a dual tensor and writes to one of its arguments, whose "
+            "tangent would not follow. Write it as a composition of PyTorch's functions, or pass "
+            "it x.detach() if it is meant to be constant."
+        )
 
 
 def _refuse_lost_tangents(func, inputs, outputs) -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from scm_kernels import _checks
-from scm_kernels.transforms.fused import Fused
+from scm_kernels.transforms.fused import Fused, current_level
 
 
 def jvp(
@@ -28,7 +29,7 @@ def jvp(
 
     Args:
         func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with
-            `has_aux` a pair of that and anything).
+            `has_aux` a pair of two of those).
         primals: tuple of tensors, or pytrees of tensors, of a floating dtype, at which to evaluate.
         tangents: the direction, of the structure of `primals`, each tensor of its primal's shape,
             dtype and device.
@@ -48,16 +49,40 @@ def jvp(
     if not callable(func):
         raise TypeError(f"func: got {_checks.describe(func)}, expected a callable")
     _check(primals, tangents)
-    mode = Fused(tangent_grad=tangent_grad)
+    if not tangent_grad and _inside_a_jvp():
+        raise NotImplementedError(
+            "tangent_grad: got False in a jvp inside a jvp, expected True: the derivative of t_out "
+            "would be lost. (Attention has no second derivative in forward mode; linear layers and "
+            "norms do.)"
+        )
+    mode = Fused(forget_level=None)
 
     def seen_through(*args):
+        if not tangent_grad:
+            mode.forget_level = current_level()
         with mode:
             return func(*args)
 
+    primals = pytree.tree_map(_dense, primals)
     if not tangent_grad:
         tangents = _detached(tangents)
     out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
     return (out, t_out if tangent_grad else _detached(t_out), *aux)
+
+
+def _inside_a_jvp() -> bool:
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo. A plain look at the
+# level before the jvp would be what Dynamo of PyTorch 2.14 still sees inside of it.
+_inside_a_jvp._dynamo_marked_constant = True
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, copied if it is expanded (one time for a whole batch), which `make_dual` rarely takes."""
+    expanded = any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.clone() if expanded else x
 
 
 def _detached(tree):

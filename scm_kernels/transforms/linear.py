@@ -21,6 +21,19 @@ def tangent_context(mode):
     return nullcontext() if mode.tangent_grad else torch.no_grad()
 
 
+def on_primals(func, *operands):
+    """`func` of the primals of operands that may be dual, without the tangents.
+
+    In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
+    have tangents if autograd has saved the dual tensors themselves. functorch's transforms end
+    before.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return func(*(unpack(x)[0] for x in operands))
+    with forward_ad._set_fwd_grad_enabled(False):
+        return func(*operands)
+
+
 def bilinear(func, *names: str):
     """A rule for `func(x, w, ...)` or `func(x, w, b, ...)`, whose first parameters are `names`."""
 
@@ -34,7 +47,7 @@ def bilinear(func, *names: str):
         def call(x, w, *bias):
             return func(x, w, *bias, *rest, **kwargs)
 
-        out = call(x, w, *(b for b, _ in biases))
+        out = on_primals(call, *operands)
         t_biases = [tb for _, tb in biases]
         with tangent_context(mode):
             if tx is None and tw is None:
@@ -54,8 +67,10 @@ def einsum(mode, equation, *operands):
         return torch.einsum(equation, *operands)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
+    if len(operands) == 1:  # no product; and what may be a view has to stay one
+        return torch.einsum(equation, *operands)
     primals, tangents = zip(*map(unpack, operands), strict=True)
-    out = torch.einsum(equation, *primals)
+    out = on_primals(lambda *operands: torch.einsum(equation, *operands), *operands)
     with tangent_context(mode):
         t_out = None
         for i, tangent in enumerate(tangents):

@@ -1,4 +1,4 @@
-"""Layer, RMS and group norm on dual tensors.
+"""Layer, RMS, group, batch and instance norm on dual tensors.
 
     xhat  = r (x - mean)                                    r = 1 / sqrt(var + eps)
     txhat = r (tx - mean(tx) - xhat mean(xhat tx))          an RMS norm subtracts no means
@@ -6,9 +6,9 @@
     ty = w txhat + tw xhat + tb
 
 The primal is PyTorch's own function, bitwise. The tangent is computed in float32 for half inputs,
-like the statistics of PyTorch's kernels. PyTorch has a formula for layer_norm too, but it takes mean
-and r for constants: the gradient through its tangent is wrong in x. And `torch.compile` fails on
-the affine ones inside a jvp.
+like the statistics of PyTorch's kernels. PyTorch has formulas for layer and batch norm too, but
+they take mean and r for constants: the gradient through their tangents is wrong in x. And
+`torch.compile` fails on the affine ones inside a jvp.
 """
 
 import torch
@@ -16,14 +16,19 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from scm_kernels.attention.op import unpack
-from scm_kernels.transforms.linear import tangent_context
+from scm_kernels.attention.op import has_tangent, unpack
+from scm_kernels.transforms.linear import on_primals, tangent_context
 
 
-def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """`F.layer_norm`; statistics over the last dimensions, whose shape is `normalized_shape`."""
-    (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
-    out = F.layer_norm(x, normalized_shape, w, b, eps)
+def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    """`F.layer_norm`; statistics over the last dimensions, whose shape is `normalized_shape`.
+
+    `cudnn_enable` comes from `torch.layer_norm`, and has no effect there either.
+    """
+    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    out = on_primals(
+        lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
+    )
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
         t_out = _affine(*_normalize(x, tx, dims, eps, center=True), w, tw, tb)
@@ -33,18 +38,22 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
 def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
     """`F.rms_norm`; statistics over the last dimensions, whose shape is `normalized_shape`."""
     (x, tx), (w, tw) = map(unpack, (input, weight))
-    out = F.rms_norm(x, normalized_shape, w, eps)
+    out = on_primals(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        if eps is None:  # PyTorch takes that of the dtype in which it computes
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         t_out = _affine(*_normalize(x, tx, dims, eps, center=False), w, tw, None)
     return forward_ad.make_dual(out, t_out.to(out.dtype))
 
 
-def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
-    """`F.group_norm`; x [B, C, ...], statistics over C / num_groups channels and all positions."""
-    (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
-    out = F.group_norm(x, num_groups, w, b, eps)
+def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    """`F.group_norm`; x [B, C, ...], statistics over C / num_groups channels and all positions.
+
+    `cudnn_enabled` comes from `torch.group_norm`, and has no effect there either.
+    """
+    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
     with tangent_context(mode):
         grouped, t_grouped = (
             None if a is None else a.reshape(a.shape[0], num_groups, -1) for a in (x, tx)
@@ -54,6 +63,70 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
         channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
         t_out = _affine(xhat.reshape(x.shape), t_xhat, w, tw, tb)
+    return forward_ad.make_dual(out, t_out.to(out.dtype))
+
+
+def batch_norm(
+    mode,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """`F.batch_norm`; x [B, C, ...], statistics over all but C, or the running ones."""
+
+    def forward(x, w, b):
+        return F.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
+
+    running = None if training else (running_mean, running_var)
+    dims = (0, *range(2, input.ndim))
+    return _channel_norm(mode, forward, input, weight, bias, dims, running, eps)
+
+
+def instance_norm(
+    mode,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """`F.instance_norm`; x [B, C, ...], statistics over the positions, or the running ones."""
+
+    def forward(x, w, b):
+        return F.instance_norm(x, running_mean, running_var, w, b, use_input_stats, momentum, eps)
+
+    running = None if use_input_stats else (running_mean, running_var)
+    dims = tuple(range(2, input.ndim))
+    return _channel_norm(mode, forward, input, weight, bias, dims, running, eps)
+
+
+def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
+    """x [B, C, ...] with w, b and the running mean and variance (or None) of shape [C]."""
+    if running is not None and any(map(has_tangent, running)):
+        raise NotImplementedError(
+            "running_mean, running_var: got a dual tensor, expected plain ones: there is no "
+            "derivative in the running statistics"
+        )
+    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    out = on_primals(forward, input, weight, bias)
+    with tangent_context(mode):
+        channels = (-1, *(1,) * (x.ndim - 2))
+        w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
+        if running is None:
+            xhat, t_xhat = _normalize(x, tx, dims, eps, center=True)
+        else:
+            mean, var = (a.reshape(channels) for a in running)
+            r = torch.rsqrt(var + eps)
+            xhat, t_xhat = (x - mean) * r, None if tx is None else tx * r
+        t_out = _affine(xhat, t_xhat, w, tw, tb)
     return forward_ad.make_dual(out, t_out.to(out.dtype))
 
 

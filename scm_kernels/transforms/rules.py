@@ -26,6 +26,11 @@ RULES = {
     F.layer_norm: norm.layer_norm,
     F.rms_norm: norm.rms_norm,
     F.group_norm: norm.group_norm,
+    F.batch_norm: norm.batch_norm,
+    F.instance_norm: norm.instance_norm,
+    torch.layer_norm: norm.layer_norm,
+    torch.rms_norm: norm.rms_norm,  # what Dynamo makes of F.rms_norm
+    torch.group_norm: norm.group_norm,
     F.linear: bilinear(F.linear, "input", "weight", "bias"),
     F.conv1d: bilinear(F.conv1d, "input", "weight", "bias"),
     F.conv2d: bilinear(F.conv2d, "input", "weight", "bias"),

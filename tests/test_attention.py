@@ -1,0 +1,277 @@
+"""Attention with its tangent on every available backend: values, tangents, gradients, memory.
+
+A backend that joins `scm_kernels.backends()` runs through all of this without a change here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import CASES, NAMES, Case, draw
+from attention_truth import THROUGH, eager, evaluate, expected
+from budget import assert_within_budget
+from peak_memory import peak_memory
+
+import scm_kernels
+from scm_kernels import attention_jvp
+from scm_kernels.attention import reference
+
+AVAILABLE = [name for name, status in scm_kernels.backends().items() if status[:9] == "available"]
+BACKENDS = ["auto", *AVAILABLE]  # "auto" also has PyTorch's own backward where out alone counts
+HALF = (torch.float16, torch.bfloat16)
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def run(backend: str, case: Case, inputs, through: str = "", **options) -> dict:
+    """The results of `attention_jvp` on a backend; a problem that it refuses is skipped."""
+    with scm_kernels.backend(backend):
+        try:
+            return evaluate(
+                lambda x: attention_jvp(*_arguments(x), **_masks(x), **case.options(), **options),
+                inputs,
+                through,
+            )
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+
+
+def _arguments(inputs) -> list:
+    return [inputs[name] for name in NAMES[:6]]
+
+
+def _masks(inputs) -> dict:
+    return {name: inputs[name] for name in NAMES[6:]}
+
+
+def check(results, case: Case, through: str = "") -> None:
+    for name, (truth, lo, magnitude) in expected(case, through).items():
+        actual = results[name].cpu()
+        assert_within_budget(
+            actual, truth, lo, magnitude=magnitude, dtype=case.dtype, name=f"{case}: {name}"
+        )
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, so that an element that nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values(backend, case, poisoned):
+    assert torch.empty(1).isnan(), "the poison works"
+    check(run(backend, case, draw(case, device_of(backend))), case)
+
+
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend, case, through, poisoned):
+    check(run(backend, case, draw(case, device_of(backend)), through), case, through)
+
+
+def test_list_of_cases_is_unambiguous():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+STATS = [
+    Case("stats", h=4, hk=2),
+    Case("stats_bf16", torch.bfloat16, n=90, d=64),
+    Case("stats_dead", mask="dead", t_layout="wide"),
+    Case("stats_bias", mask="bias", t_mask=True, mask_shape="1n"),
+    Case("stats_shared", shared=16.0, causal=True),
+    Case("stats_f64", torch.float64),
+]
+
+
+@pytest.mark.parametrize("case", STATS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_and_mu(backend, case, poisoned):
+    inputs = draw(case, device_of(backend))
+    with scm_kernels.backend(backend):
+        *_, lse, mu = attention_jvp(
+            *_arguments(inputs), **_masks(inputs), **case.options(), return_stats=True
+        )
+    wide = [None if x is None else x.cpu().double() for x in _arguments(inputs)]
+    mask, t_mask = (None if x is None else x.cpu() for x in _masks(inputs).values())
+    scale = 1 / math.sqrt(case.d)
+    *_, true_lse, true_mu = reference.dense(*wide, mask, t_mask, causal=case.causal, scale=scale)
+    assert lse.dtype == mu.dtype == (case.dtype if case.dtype == torch.float64 else torch.float32)
+    assert not lse.requires_grad
+    assert not mu.requires_grad
+    torch.testing.assert_close(lse.cpu().double(), true_lse, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(mu.cpu().double(), true_mu, rtol=2e-6, atol=2e-5)
+    if case.mask == "dead":
+        assert lse[:, :, 0].isneginf().all()
+        assert (mu[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("case", [STATS[0], STATS[2], STATS[3]], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_partial_results_merge(backend, case):
+    """The formula for split KV and ring attention, with what `return_stats` returns."""
+    case = replace(case, name=f"merge_{case}", dtype=torch.float64, mask_shape="bhmn", m=9, n=30)
+    inputs = draw(case, device_of(backend))
+    parts = []
+    for keys in (slice(0, 7), slice(7, 8), slice(8, 30)):
+        part = {name: x if x is None else x[:, :, keys] for name, x in inputs.items()}
+        part |= {name: inputs[name] for name in ("query", "t_query")}
+        part |= {name: x if x is None else x[..., keys] for name, x in _masks(inputs).items()}
+        with scm_kernels.backend(backend):
+            try:
+                parts.append(
+                    attention_jvp(
+                        *_arguments(part), **_masks(part), **case.options(), return_stats=True
+                    )
+                )
+            except NotImplementedError as error:
+                pytest.skip(str(error))
+    out, t_out, lse, mu = map(torch.stack, zip(*parts, strict=True))
+    total = lse.logsumexp(0)
+    weight = (lse - total.masked_fill(total.isneginf(), 0.0)).exp()
+    merged_out = (weight[..., None] * out).sum(0)
+    merged_mu = (weight * mu).sum(0)
+    merged_t = (weight[..., None] * (t_out + mu[..., None] * out)).sum(0)
+    merged_t = merged_t - merged_mu[..., None] * merged_out
+    whole = attention_jvp(
+        *_arguments(inputs), **_masks(inputs), **case.options(), return_stats=True
+    )
+    for x, y in zip((merged_out, merged_t, total, merged_mu), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+# --- identities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_in_the_tangent(backend):
+    case = Case("linear", m=40, n=70, mask="bias", t_mask=True)
+    first = draw(case, device_of(backend))
+    second = draw(replace(case, name="linear_2"), device_of(backend))
+    mixed, zero = dict(first), dict(first)
+    for name in NAMES[3:6] + NAMES[7:]:
+        mixed[name] = 3 * first[name] - 0.5 * second[name]
+        zero[name] = torch.zeros_like(first[name])
+        second[name[2:]] = first[name[2:]]
+    t1, t2, t3, t0 = (run(backend, case, x)["t_out"] for x in (first, second, mixed, zero))
+    torch.testing.assert_close(t3, 3 * t1 - 0.5 * t2, rtol=1e-5, atol=2e-5)
+    assert (t0 == 0).all(), "exactly zero for a zero tangent"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_in_a_row_changes_nothing(backend):
+    """Of the scores: out and t_out; of the scores' tangent: t_out."""
+    case = Case("shift", mask="bias", t_mask=True)
+    inputs = draw(case, device_of(backend))
+    shifted = dict(inputs)
+    rows = torch.randn(case.m, 1, generator=torch.Generator().manual_seed(0))
+    rows = rows.to(inputs["query"].device)
+    shifted["attn_mask"] = inputs["attn_mask"] + 5 * rows
+    shifted["t_attn_mask"] = inputs["t_attn_mask"] - 3 * rows
+    x, y = run(backend, case, inputs), run(backend, case, shifted)
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_component_that_all_of_t_key_shares_costs_no_accuracy(backend, dtype):
+    """It cancels in the maths; without the shift c, h rounded to bfloat16 loses a digit."""
+    errors = {}
+    for shared in (0.0, 100.0):
+        case = Case("common", dtype, b=1, h=4, m=64, n=130, d=64, tangents="k", shared=shared)
+        results = run(backend, case, draw(case, device_of(backend)))
+        truth = expected(case)["t_out"][0]
+        errors[shared] = float((results["t_out"].cpu() - truth).abs().mean() / truth.abs().mean())
+    # t_key itself, rounded to the dtype, is what `truth` sees: only the kernel's error is left.
+    limit = 3 * errors[0.0] if dtype in HALF else 60 * errors[0.0]
+    assert errors[100.0] <= limit, errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_have_no_influence(backend):
+    """Neither their values nor their tangents, however large; also not through the shift c."""
+    case = Case("masked", mask="bool", mask_shape="b11n", m=40, n=70)
+    inputs = draw(case, device_of(backend))
+    wild = dict(inputs)
+    dead = ~inputs["attn_mask"].transpose(-1, -2)  # [B, 1, N, 1]
+    for name in ("key", "value", "t_key", "t_value"):
+        wild[name] = torch.where(dead, 1e4 * inputs[name], inputs[name])
+    x, y = (run(backend, case, i, "both") for i in (inputs, wild))
+    for name in ("out", "t_out", "d_query", "d_t_query"):
+        torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=1e-5)
+    for name in ("d_key", "d_value", "d_t_key", "d_t_value"):
+        assert (y[name].masked_select(dead) == 0).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_absent_tangent_is_a_zero_one(backend):
+    case = Case("absent", tangents="qv", mask="bias")
+    inputs = draw(case, device_of(backend))
+    zeros = inputs | {"t_key": torch.zeros_like(inputs["key"])}
+    zeros["t_attn_mask"] = torch.zeros_like(inputs["attn_mask"])
+    x, y = run(backend, case, inputs, "both"), run(backend, case, zeros, "both")
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deterministic(backend):
+    case = Case("twice", torch.bfloat16, m=70, n=65, d=64)
+    inputs = draw(case, device_of(backend))
+    x, y = run(backend, case, inputs), run(backend, case, inputs)
+    assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+# --- more leading dimensions, memory --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 2, 2), (2, 1, 3, 2)], ids=str)
+@pytest.mark.parametrize("mask", [None, "full", "rows"])
+def test_any_number_of_leading_dimensions(lead, mask):
+    """As in PyTorch's function: none, heads alone, or more than batch and heads."""
+    torch.manual_seed(0)
+    shapes = [(*lead, 5, 4), (*lead, 7, 4), (*lead, 7, 3)]
+    x = [torch.randn(s, dtype=torch.float64) for s in (*shapes, *shapes)]
+    masks = {None: None, "full": torch.randn(*lead, 5, 7), "rows": torch.rand(5, 7) > 0.3}
+    bias = masks[mask]
+
+    def folded(q, k, v):
+        q, k, v = (y.reshape(-1, 1, *y.shape[-2:]) for y in (q, k, v))
+        bias = masks[mask] if mask != "full" else masks[mask].reshape(-1, 1, 5, 7)
+        return eager(q, k, v, bias).reshape(*lead, 5, 3)
+
+    truth = torch.func.jvp(folded, tuple(x[:3]), tuple(x[3:]))
+    out, t_out, lse, mu = attention_jvp(*x, attn_mask=bias, return_stats=True)
+    torch.testing.assert_close((out, t_out), truth, rtol=1e-12, atol=1e-12)
+    assert lse.shape == mu.shape == (*lead, 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": "b11n"}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_does_not_grow_with_m_times_n(backend, options, monkeypatch):
+    """Forward, and the gradient through both outputs, in well under one matrix [M, N]."""
+    monkeypatch.setattr(reference, "reference_tiles", lambda *_: (256, 256))
+    length, device = 2048, device_of(backend)
+    torch.manual_seed(0)
+    x = [torch.randn(1, 1, length, 8, device=device, requires_grad=True) for _ in range(6)]
+    mask = torch.rand(1, 1, 1, length, device=device) > 0.2 if "mask" in options else None
+
+    def job():
+        with scm_kernels.backend(backend):
+            out, t_out = attention_jvp(*x, attn_mask=mask, is_causal="is_causal" in options)
+        (out.sum() + t_out.sum()).backward()
+
+    assert peak_memory(job, device) < length * length * 4 / 3

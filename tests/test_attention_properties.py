@@ -1,0 +1,211 @@
+"""Properties of attention over random shapes, strides, masks and dtypes: each draw is a `Case`.
+
+What `test_attention.py` pins by name, this looks for in between. The draws are the same in every
+run; `pytest -m 'slow or not slow'` makes many more of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import LAYOUTS, NAMES, Case, draw
+from attention_truth import THROUGH, eager, evaluate, expected
+from budget import assert_within_budget
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import scm_kernels
+from scm_kernels import attention_jvp, scaled_dot_product_attention
+from scm_kernels.attention import reference
+
+FEW = settings(
+    max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+MANY = settings(FEW, max_examples=1500)
+MASK_SHAPES = ("bhmn", "b11n", "bh1n", "mn", "b1mn", "1hmn", "1h1n", "bhm1", "1n", "n", "1111")
+
+
+@st.composite
+def cases(draw_from, *, dtypes=(torch.float32, torch.bfloat16, torch.float16)) -> Case:
+    """A problem that the op has to take, small enough to run hundreds of them."""
+    pick = lambda *options: draw_from(st.sampled_from(options))  # noqa: E731
+    length = st.one_of(st.integers(1, 9), st.integers(10, 70))
+    heads = pick((1, 1), (2, 2), (3, 3), (4, 2), (6, 2), (3, 1), (4, 1))
+    mask = pick("", "", "bool", "dead", "late", "bias", "padding", "inf")
+    case = Case(
+        name="",
+        dtype=pick(*dtypes),
+        b=draw_from(st.integers(1, 3)),
+        h=heads[0],
+        hk=heads[1],
+        m=draw_from(length),
+        n=draw_from(length),
+        d=draw_from(st.integers(1, 33)),
+        e=draw_from(st.integers(1, 33)),
+        tangents="".join(letter for letter in "qkv" if draw_from(st.booleans())),
+        causal=not mask and draw_from(st.booleans()),
+        scale=pick(None, None, 0.3, -0.5, 0.0),
+        mask=mask,
+        mask_shape=pick(*MASK_SHAPES),
+        mask_dtype=pick(None, torch.float32) if dtypes[0] == torch.float32 else None,
+        t_mask=mask in ("bias", "padding", "inf") and draw_from(st.booleans()),
+        layout=pick(*LAYOUTS),
+        t_layout=pick(*LAYOUTS),
+        logits=pick(1.0, 1.0, 5.0),
+        shared=pick(0.0, 0.0, 8.0),
+    )
+    if mask in ("late", "dead", "inf") and case.mask_shape == "n":
+        case = replace(case, mask_shape="mn")
+    return replace(case, name=str(case.__reduce_ex__(2)[2]))  # the seed of its values
+
+
+def arguments(inputs, case: Case) -> tuple[list, dict]:
+    masks = {name: inputs[name] for name in NAMES[6:]}
+    return [inputs[name] for name in NAMES[:6]], masks | case.options()
+
+
+def run(case: Case, inputs, through: str = "") -> dict:
+    def function(x):
+        args, kwargs = arguments(x, case)
+        return attention_jvp(*args, **kwargs)
+
+    return evaluate(function, inputs, through)
+
+
+def check_against_the_truth(case: Case, through: str) -> None:
+    results = run(case, draw(case), through)
+    for name, (truth, lo, magnitude) in expected(case, through).items():
+        assert_within_budget(
+            results[name], truth, lo, magnitude=magnitude, dtype=case.dtype, name=name
+        )
+
+
+@FEW
+@given(case=cases(), through=st.sampled_from(sorted(THROUGH)))
+def test_within_the_error_budget(case, through):
+    check_against_the_truth(case, through)
+
+
+@pytest.mark.slow
+@MANY
+@given(case=cases(), through=st.sampled_from(sorted(THROUGH)))
+def test_many_within_the_error_budget(case, through):
+    check_against_the_truth(case, through)
+
+
+DOUBLE = (torch.float64,)
+
+
+@FEW
+@given(
+    case=cases(dtypes=DOUBLE),
+    through=st.sampled_from(sorted(THROUGH)),
+    tiles=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+)
+def test_tiles_of_any_size_make_no_difference(case, through, tiles):
+    inputs = draw(case)
+    with pytest.MonkeyPatch.context() as patch, scm_kernels.backend("reference"):
+        patch.setattr(reference, "reference_tiles", lambda *_: tiles)
+        results = run(case, inputs, through)
+    for name, (truth, lo, magnitude) in expected(case, through).items():
+        assert_within_budget(
+            results[name], truth, lo, magnitude=magnitude, dtype=case.dtype, name=name
+        )
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE))
+def test_the_front_door_is_the_explicit_form(case):
+    inputs = draw(case)
+    pairs = [("query", "t_query"), ("key", "t_key"), ("value", "t_value")]
+    pairs = [(p, t) for p, t in [*pairs, ("attn_mask", "t_attn_mask")] if inputs[t] is not None]
+    if not pairs:
+        return
+    # `make_dual` refuses expanded tensors, so the front door meets its primals dense.
+    primals = tuple(inputs[p].contiguous() for p, _ in pairs)
+    tangents = tuple(inputs[t].contiguous() for _, t in pairs)
+
+    def function(*moving):
+        x = inputs | dict(zip((p for p, _ in pairs), moving, strict=True))
+        mask = {"attn_mask": x["attn_mask"]}
+        return scaled_dot_product_attention(
+            x["query"], x["key"], x["value"], **mask, **case.options()
+        )
+
+    args, kwargs = arguments(inputs, case)
+    actual = torch.func.jvp(function, primals, tangents)
+    torch.testing.assert_close(actual, attention_jvp(*args, **kwargs), rtol=1e-12, atol=1e-12)
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE), factor=st.sampled_from([0.0, -1.0, 3.0]))
+def test_the_tangent_is_linear(case, factor):
+    inputs = draw(case)
+    scaled = {n: factor * x if n[:2] == "t_" and x is not None else x for n, x in inputs.items()}
+    x, y = run(case, inputs), run(case, scaled)
+    size = 1e-12 * (1 + float(x["t_out"].abs().max()))
+    torch.testing.assert_close(y["t_out"], factor * x["t_out"], rtol=1e-11, atol=size)
+    assert torch.equal(x["out"], y["out"])
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE), seed=st.integers(0, 5))
+def test_the_order_of_the_keys_does_not_matter(case, seed):
+    if case.causal:
+        return
+    inputs = draw(case)
+    order = torch.randperm(case.n, generator=torch.Generator().manual_seed(seed))
+    shuffled = dict(inputs)
+    for name in ("key", "value", "t_key", "t_value"):
+        shuffled[name] = None if inputs[name] is None else inputs[name][:, :, order]
+    for name in NAMES[6:]:
+        mask = inputs[name]
+        shuffled[name] = mask if mask is None or mask.shape[-1] == 1 else mask[..., order]
+    x, y = run(case, inputs), run(case, shuffled)
+    for name in x:
+        size = 1e-12 * (1 + float(x[name].abs().max()))
+        torch.testing.assert_close(x[name], y[name], rtol=1e-10, atol=size)
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE))
+def test_causal_is_a_mask(case):
+    case = replace(case, mask="", t_mask=False, causal=True)
+    inputs = draw(case)
+    below = torch.ones(case.m, case.n, dtype=torch.bool).tril()
+    bias = torch.zeros(case.m, case.n, dtype=torch.float64).masked_fill(~below, -torch.inf)
+    results = run(case, inputs, "both")
+    plain = replace(case, causal=False)
+    for mask in (below, bias):
+        masked = run(plain, inputs | {"attn_mask": mask}, "both")
+        for name, x in results.items():
+            torch.testing.assert_close(x, masked[name], rtol=1e-11, atol=1e-11)
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE))
+def test_shared_key_heads_are_repeated_ones(case):
+    inputs = draw(case)
+    groups = case.h // case.hk
+    repeated = dict(inputs)
+    for name in ("key", "value", "t_key", "t_value"):
+        x = inputs[name]
+        repeated[name] = None if x is None else x.repeat_interleave(groups, dim=1)
+    x, y = run(case, inputs, "both"), run(replace(case, hk=case.h), repeated, "both")
+    for name, value in x.items():
+        other = y[name]
+        if other.shape != value.shape:
+            other = other.unflatten(1, (case.hk, groups)).sum(2)
+        size = 1e-12 * (1 + float(value.abs().max()))
+        torch.testing.assert_close(value, other, rtol=1e-10, atol=size)
+
+
+@FEW
+@given(case=cases(dtypes=DOUBLE))
+def test_the_primal_is_eager_attention(case):
+    inputs = draw(case)
+    q, k, v, mask = (inputs[name] for name in ("query", "key", "value", "attn_mask"))
+    out = eager(q, k, v, mask, causal=case.causal, scale=case.scale)
+    torch.testing.assert_close(run(case, inputs)["out"], out, rtol=1e-11, atol=1e-11)

@@ -1,0 +1,211 @@
+"""In-place operations and views of dual tensors inside `scm_kernels.jvp`: those of PyTorch's jvp.
+
+The mode detaches tangents from their graphs on the way; a view has to stay a view, and a base has
+to follow what is written to it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import close, stock_jvp
+from torch import nn
+
+import scm_kernels
+
+torch.manual_seed(0)
+WEIGHT = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+
+
+def set_item(x):
+    y = x * WEIGHT[0]
+    y[:, 0] = y[:, 1] * 2
+    y[y > 1] = 0.5
+    y[[0, 2]] = x[:2] @ WEIGHT
+    return y @ WEIGHT
+
+
+def scaled_view(x):
+    y = x @ WEIGHT
+    v = y[:, 0]
+    v.mul_(2)
+    return y, v
+
+
+def chain_of_views(x):
+    y = x @ WEIGHT
+    v = y[:, :3].mul_(WEIGHT[0, 0])
+    v.mul_(WEIGHT[1, 1])
+    w = v[1:].add_(x[1:, :3])
+    w.sin_()
+    return y, v, w
+
+
+def buffer(x):
+    y = x.new_zeros(4, 6)
+    y.add_(x * WEIGHT[0]).mul_(2).sin_()
+    return y
+
+
+def views_of_a_buffer(x):
+    y = torch.zeros(4, 6, dtype=x.dtype)
+    v = y[:, 0]
+    v = v.copy_((x @ WEIGHT)[:, 1])
+    v.mul_(WEIGHT[1, 1])
+    v = v.add_(x[:, 2])
+    v.sin_()
+    y[:, 3:].copy_(x[:, :3])
+    return y, v
+
+
+def base_after_its_view(x):
+    y = torch.zeros(4, 6, dtype=x.dtype)
+    v = y[:, :3]
+    v = v.copy_((x @ WEIGHT)[:, :3])
+    y.mul_(WEIGHT[1])
+    w = v.sin()
+    y[:, 0] = 3.0
+    return y, v, w
+
+
+def accumulate(x):
+    y = torch.zeros_like(x)
+    for row in range(3):
+        y += x * WEIGHT[row]
+        y *= WEIGHT[row, 0]
+    y -= x
+    y /= 2
+    return y
+
+
+def rectified(x):
+    y = (x @ WEIGHT).relu_()
+    y = F.relu(y, inplace=True)
+    y.masked_fill_(y > 2, 0.5)
+    y.clamp_(max=1.5)
+    return nn.Dropout(0.0, inplace=True)(nn.Hardtanh(inplace=True)(y))
+
+
+def index_put(x):
+    y = x @ WEIGHT
+    y.index_put_((torch.tensor([0, 1]),), x[:2])
+    y.index_add_(0, torch.tensor([0, 2]), x[:2])
+    y.scatter_add_(1, torch.zeros(4, 1, dtype=torch.long), x[:, :1])
+    return y
+
+
+def einsum_view(x):
+    y = x @ WEIGHT
+    z = torch.einsum("ij->ji", y)
+    z.mul_(WEIGHT[0, :, None])
+    return y, z
+
+
+def pieces(x):
+    a, b, c = (x @ WEIGHT).split(2, dim=1)
+    d, e = (x * WEIGHT[0]).chunk(2, dim=1)
+    rows = (x @ WEIGHT).unbind(0)
+    first, *_ = x * WEIGHT[1]
+    return a * b, c + a, d - e, torch.stack(rows).sin(), first
+
+
+def reshaped(x):
+    y = (x @ WEIGHT).reshape(2, 2, 2, 3).permute(2, 0, 1, 3).flatten(1)
+    y = y[None].expand(3, *y.shape).transpose(0, 1)[..., ::2]
+    return y.contiguous().view(-1) * 2, y.unfold(-1, 2, 1), y.t() if y.ndim == 2 else y.mT
+
+
+def expanded(x):
+    row = (x @ WEIGHT)[:1].expand(4, 6)
+    return (row * x).mul_(row), row
+
+
+def transposed_in_place(x):
+    y = x * WEIGHT[0]
+    y.t_()
+    y.unsqueeze_(0).squeeze_(0)
+    return y
+
+
+def dtypes(x):
+    y = (x @ WEIGHT).float()
+    y[0] = x[0].float()
+    return y.double() @ WEIGHT
+
+
+def complex_rotation(x):
+    z = torch.view_as_complex((x @ WEIGHT).reshape(4, 3, 2))
+    z = z * torch.polar(torch.ones_like(WEIGHT[0, :3]), WEIGHT[0, :3])
+    z.mul_(1j)
+    return torch.view_as_real(z).flatten(1), torch.fft.irfft(torch.fft.rfft(x) * WEIGHT[0, 0])
+
+
+def detached(x):
+    y = x * WEIGHT[0]
+    z = y.detach().clone()
+    z[0] = 1.0
+    return y * z, y.data + y
+
+
+FUNCTIONS = [
+    set_item,
+    scaled_view,
+    chain_of_views,
+    buffer,
+    views_of_a_buffer,
+    base_after_its_view,
+    accumulate,
+    rectified,
+    index_put,
+    einsum_view,
+    pieces,
+    reshaped,
+    expanded,
+    transposed_in_place,
+    dtypes,
+    complex_rotation,
+    detached,
+]
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["detached", "recorded"])
+@pytest.mark.parametrize("func", FUNCTIONS, ids=lambda f: f.__name__)
+def test_values_are_those_of_pytorch(func, through):
+    x, tx = torch.randn(2, 4, 6, dtype=torch.float64)
+    want = stock_jvp(func, (x,), (tx,))
+    got = scm_kernels.jvp(func, (x,), (tx,), tangent_grad=through)
+    close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["detached", "recorded"])
+@pytest.mark.parametrize("func", FUNCTIONS, ids=lambda f: f.__name__)
+def test_gradients_through_the_output_are_those_of_pytorch(func, through):
+    x, tx = torch.randn(2, 4, 6, dtype=torch.float64)
+
+    def gradient(jvp, **options):
+        out, _ = jvp(func, (x,), (tx,), **options)
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum((y * torch.arange(y.numel()).reshape(y.shape)).sum() for y in outs)
+        return torch.autograd.grad(loss, WEIGHT)[0]
+
+    try:
+        want = gradient(stock_jvp)
+    except RuntimeError as error:  # what it saved was overwritten: PyTorch's error is ours too
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(scm_kernels.jvp, tangent_grad=through)
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        return
+    close(gradient(scm_kernels.jvp, tangent_grad=through), want, 1e-12)
+
+
+@pytest.mark.parametrize("split", ["chunk", "unbind", "iter"])
+def test_writing_to_one_of_several_views_raises_as_in_pytorch(split):
+    def func(x):
+        y = x @ WEIGHT
+        parts = {"chunk": lambda: y.chunk(2), "unbind": y.unbind, "iter": lambda: iter(y)}[split]()
+        next(iter(parts)).mul_(2)
+        return y
+
+    x, tx = torch.randn(2, 4, 6, dtype=torch.float64)
+    for jvp in (stock_jvp, scm_kernels.jvp):
+        with pytest.raises(RuntimeError, match="view"):
+            jvp(func, (x,), (tx,))
