@@ -129,6 +129,13 @@ def _late_keys(shape, gen) -> Tensor:
     return mask
 
 
+def _few_keys(shape, gen) -> Tensor:
+    """One key in eight: a mean over all keys is far from one over the live ones."""
+    mask = torch.rand(shape, generator=gen) < 0.1
+    mask[..., ::8] = True
+    return mask
+
+
 def _with_minus_inf(shape, gen) -> Tensor:
     dead = ~_dead_rows(shape, gen)
     return torch.randn(shape, generator=gen, dtype=torch.float64).masked_fill(dead, -math.inf)
@@ -146,6 +153,7 @@ _MASKS = {
     "bool": _bool_mask,
     "dead": _dead_rows,
     "late": _late_keys,
+    "few": _few_keys,
     "bias": lambda shape, gen: torch.randn(shape, generator=gen, dtype=torch.float64),
     "padding": _padding,
     "inf": _with_minus_inf,

@@ -19,7 +19,7 @@ THROUGH = {"out": (True, False), "t_out": (False, True), "both": (True, True)}
 
 def eager(q, k, v, mask=None, *, causal=False, scale=None) -> Tensor:
     """Attention as the formula says it, in the inputs' dtype; a row without a key gives 0."""
-    return probabilities(q, k, mask, causal, scale) @ for_each_head(q, v)
+    return probabilities(q, k, mask, causal, scale).to(q.dtype) @ for_each_head(q, v)
 
 
 def for_each_head(q: Tensor, x: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ def _magnitudes(case: Case, inputs, truth, through: str) -> dict[str, float]:
         cotangent(truth["out"], sum(THROUGH[through][:i]) if through else 0) * use
         for i, use in enumerate(THROUGH.get(through, (0, 0)))
     )
-    out, t_out = truth["out"], truth["t_out"]
-    b = (dto @ keys(v).mT).abs()
-    a = (do @ keys(v).mT).abs() + (dto @ keys(tv).mT).abs()
-    beta = (dto * out).sum(-1, keepdim=True).abs()
-    delta = (do * out + dto * t_out).sum(-1, keepdim=True).abs()
+    out, t_out = truth["out"].abs(), truth["t_out"].abs()
+    q, k, v, tq, tk, tv, do, dto = (x.abs() for x in (q, k, v, tq, tk, tv, do, dto))
+    b = dto @ keys(v).mT
+    a = do @ keys(v).mT + dto @ keys(tv).mT
+    beta = (dto * out).sum(-1, keepdim=True)
+    delta = (do * out + dto * t_out).sum(-1, keepdim=True)
     g_t = p * (b + beta)
     g_s = p * (a + b * t + beta * t + delta)
-    q, k, v, tq, tk, tv, do, dto = (x.abs() for x in (q, k, v, tq, tk, tv, do, dto))
     sums = {
         "out": p @ keys(v),
         "t_out": (p * t) @ keys(v) + p @ keys(tv),

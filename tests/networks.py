@@ -99,7 +99,7 @@ def gradients(out, t_out, parameters, *, through_tangent: bool) -> list[Tensor]:
         loss = loss + (weight * tx.square()).mean() if through_tangent else loss
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 

@@ -185,13 +185,25 @@ def test_a_constant_in_a_row_changes_nothing(backend):
         torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("mask", ["", "few", "late"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_component_that_all_of_t_key_shares_costs_no_accuracy(backend, dtype):
-    """It cancels in the maths; without the shift c, h rounded to bfloat16 loses a digit."""
+def test_a_component_that_all_of_t_key_shares_costs_no_accuracy(backend, dtype, mask):
+    """It cancels in the maths; without the shift c, or with a c of masked keys, digits go."""
     errors = {}
     for shared in (0.0, 100.0):
-        case = Case("common", dtype, b=1, h=4, m=64, n=130, d=64, tangents="k", shared=shared)
+        case = Case(
+            f"common_{mask}",
+            dtype,
+            b=1,
+            h=4,
+            m=64,
+            n=130,
+            d=64,
+            tangents="k",
+            mask=mask,
+            shared=shared,
+        )
         results = run(backend, case, draw(case, device_of(backend)))
         truth = expected(case)["t_out"][0]
         errors[shared] = float((results["t_out"].cpu() - truth).abs().mean() / truth.abs().mean())

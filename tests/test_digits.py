@@ -1,4 +1,4 @@
-"""examples/digits: the parts, exact resume, eager against fused, and whole runs as one starts them."""
+"""examples/digits: its parts, exact resume, eager against fused, and whole runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL_RUN = RunConfig(batch_size=16, teacher_steps=5, student_steps=6, model=TIN
 
 
 def random_network(config: ModelConfig = TINY) -> DiT:
-    """A network whose zero-initialised weights are random too, so that nothing is trivially zero."""
+    """A network whose zero-initialised weights are random too: nothing is trivially zero."""
     network = new_network(config, seed=0)
     gen = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -53,7 +53,8 @@ def test_data_has_sigma_data_half_and_a_fixed_split():
     assert digits.train_images.mean().abs() < 1e-5
     assert abs(digits.train_images.std().item() - data.SIGMA_DATA) < 1e-5
     pixels = digits.to_pixels(digits.train_images)
-    assert 0.0 <= pixels.min() and pixels.max() <= 1.0
+    assert pixels.min() >= 0.0
+    assert pixels.max() <= 1.0
     torch.testing.assert_close(digits.held_images, data.load().held_images, rtol=0, atol=0)
     shares = digits.train_labels.bincount() / len(digits.train_labels)
     torch.testing.assert_close(
@@ -77,9 +78,12 @@ def test_model_sees_time_and_label():
     assert (network(x, torch.tensor([0.5]), torch.tensor([4])) - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{"patch": 3}, {"heads": 5}, {"width": 33, "heads": 1}])
-def test_model_refuses_sizes_that_do_not_divide(changes):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("patch", {"patch": 3}), ("width", {"heads": 5}), ("width", {"width": 33, "heads": 1})],
+)
+def test_model_refuses_sizes_that_do_not_divide(name, changes):
+    with pytest.raises(ValueError, match=name):
         replace(TINY, **changes)
 
 
@@ -96,10 +100,12 @@ def test_jvp_is_finite_and_that_of_eager_over_the_whole_time_range():
 
     out, jvp = scm_kernels.jvp(call, primals, tangents)
     eager_out, eager = eager_jvp(call, primals, tangents)
-    assert jvp.isfinite().all() and jvp.abs().max() < 100
+    assert jvp.isfinite().all()
+    assert jvp.abs().max() < 100
     torch.testing.assert_close(out, eager_out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(jvp, eager, rtol=1e-4, atol=1e-4)
-    assert out.requires_grad and not jvp.requires_grad
+    assert out.requires_grad
+    assert not jvp.requires_grad
 
 
 # --- metric --------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def test_shards_of_a_batch_are_its_slices():
         World(0, 5).shard(12)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -186,7 +192,7 @@ def train(out: Path, resume: bool, stop: int | None = None) -> Job:
         if left[0] is not None:
             left[0] -= 1
             if left[0] <= 0:
-                raise Killed
+                raise KilledError
 
     job.save = save_and_perhaps_stop
     job.train_all()
@@ -196,7 +202,7 @@ def train(out: Path, resume: bool, stop: int | None = None) -> Job:
 @pytest.mark.parametrize("stop", [2, 5, 8])
 def test_resume_continues_bitwise(tmp_path, stop):
     whole = train(tmp_path / "whole", resume=False)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(tmp_path / "cut", resume=False, stop=stop)
     torch.randn(3)  # the global generator must not matter
     train(tmp_path / "cut", resume=True)
@@ -204,7 +210,8 @@ def test_resume_continues_bitwise(tmp_path, stop):
     assert one["phases"].keys() == two["phases"].keys() == whole.phases.keys()
     for name, phase in one["phases"].items():
         other = two["phases"][name]
-        assert phase["losses"] == other["losses"] and len(phase["losses"]) == phase["step"]
+        assert phase["losses"] == other["losses"]
+        assert len(phase["losses"]) == phase["step"]
         for part in ("objective", "ema"):
             assert all(torch.equal(v, other[part][k]) for k, v in phase[part].items())
         for index, slots in phase["optimiser"]["state"].items():
@@ -237,13 +244,14 @@ def test_samplers_count_their_evaluations():
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--mode", "sct", "--teacher-steps", "5"], "data alone"),
         (["--student-steps", "0"], "at least 1"),
         (["--mode", "other"], "invalid choice"),
         (["--device", "abacus"], "device"),
         (["--resume"], "no checkpoint"),
+        (["--resume", "--quick"], "--quick"),
     ],
 )
 def test_bad_flags_are_refused_with_the_reason(tmp_path, capsys, flags, message):
@@ -270,7 +278,8 @@ def command(out: Path, *flags: str, processes: int = 1) -> list[str]:
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(processes)]
-    return [*launcher, "-m", "examples.digits", "--quick", "--out", str(out), *flags]
+    start = [] if "--resume" in flags else ["--quick"]
+    return [*launcher, "-m", "examples.digits", "--out", str(out), *start, *flags]
 
 
 def run(out: Path, *flags: str, processes: int = 1) -> dict:
@@ -292,7 +301,8 @@ def test_quick_run_writes_every_file(tmp_path, mode):
     for name in ("samples.png", "loss.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     evaluations = [row["evaluations"] for row in report["rows"]]
-    assert evaluations[-2:] == [1, 2] and len(evaluations) == (3 if mode == "scd" else 2)
+    assert evaluations[-2:] == [1, 2]
+    assert len(evaluations) == (3 if mode == "scd" else 2)
     assert all(math.isfinite(row["frechet"]) for row in report["rows"])
     assert report["milliseconds_per_student_step"].keys() == {"fused", "eager"}
     assert len(report["losses"]["student"]) == report["config"]["student_steps"]
@@ -308,7 +318,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     path = tmp_path / "cut" / checkpoint.NAME
     deadline = time.monotonic() + 120
     while not path.exists() or "student" not in checkpoint.read(path)["phases"]:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

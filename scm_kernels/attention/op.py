@@ -70,8 +70,9 @@ def dual_attention(
 ) -> Tensor:
     """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
     inputs = (query, key, value, attn_mask)
-    # A list, so that each input is looked at: the first dual one must not hide a batched one.
-    if forward_ad._current_level < 0 or not any([has_tangent(x) for x in inputs]):
+    # Every input is looked at: the first dual one must not hide a batched one.
+    dual = forward_ad._current_level >= 0 and [has_tangent(x) for x in inputs]
+    if not dual or not any(dual):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

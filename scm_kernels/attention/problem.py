@@ -12,8 +12,7 @@ class Forward:
     q, tq [B, H, M, D]; k, tk [B, Hk, N, D]; v, tv [B, Hk, N, E], H a multiple of Hk, any strides.
     An absent tangent is None. mask and tmask have four dimensions, each of the size of [B, H, M, N]
     or 1; a bool mask is True where a key takes part, any other mask is of q's dtype or float32 and
-    is added.
-    `causal` is aligned top-left.
+    is added. `causal` is aligned top-left.
     """
 
     q: Tensor

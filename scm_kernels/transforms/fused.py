@@ -44,16 +44,13 @@ class Fused(TorchFunctionMode):
     def __init__(self, *, forget_level: int | None):
         super().__init__()
         self.forget_level = forget_level
-
-    @property
-    def tangent_grad(self) -> bool:
-        """Whether autograd is to record the tangents at the current level."""
-        return self.forget_level is None or self.forget_level != current_level()
+        self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if forward_ad._current_level < 0 or func in _DUAL_FUNCTIONS:
             return func(*args, **kwargs)
+        self.tangent_grad = self.forget_level is None or self.forget_level != current_level()
         rule = RULES.get(func)
         if rule is not None and any(map(has_tangent, (*args, *kwargs.values()))):
             return rule(self, *args, **kwargs)

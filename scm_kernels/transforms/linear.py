@@ -21,15 +21,17 @@ def tangent_context(mode):
     return nullcontext() if mode.tangent_grad else torch.no_grad()
 
 
-def on_primals(func, *operands):
+def on_primals(func, *operands, composite: bool = False):
     """`func` of the primals of operands that may be dual, without the tangents.
 
     In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
-    have tangents if autograd has saved the dual tensors themselves. functorch's transforms end
-    before.
+    have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
+    which saves results of its own, those too. functorch's transforms end before.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return func(*(unpack(x)[0] for x in operands))
+    if composite:
+        return unpack(func(*operands))[0]
     with forward_ad._set_fwd_grad_enabled(False):
         return func(*operands)
 
@@ -47,7 +49,8 @@ def bilinear(func, *names: str):
         def call(x, w, *bias):
             return func(x, w, *bias, *rest, **kwargs)
 
-        out = on_primals(call, *operands)
+        padded = any(isinstance(option, str) for option in (*rest, *kwargs.values()))
+        out = on_primals(call, *operands, composite=padded)
         t_biases = [tb for _, tb in biases]
         with tangent_context(mode):
             if tx is None and tw is None:
@@ -70,7 +73,9 @@ def einsum(mode, equation, *operands):
     if len(operands) == 1:  # no product; and what may be a view has to stay one
         return torch.einsum(equation, *operands)
     primals, tangents = zip(*map(unpack, operands), strict=True)
-    out = on_primals(lambda *operands: torch.einsum(equation, *operands), *operands)
+    out = on_primals(
+        lambda *operands: torch.einsum(equation, *operands), *operands, composite=len(operands) > 2
+    )
     with tangent_context(mode):
         t_out = None
         for i, tangent in enumerate(tangents):

@@ -38,7 +38,9 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
 def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
     """`F.rms_norm`; statistics over the last dimensions, whose shape is `normalized_shape`."""
     (x, tx), (w, tw) = map(unpack, (input, weight))
-    out = on_primals(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
+    out = on_primals(
+        lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight, composite=True
+    )
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
         if eps is None:  # PyTorch takes that of the dtype in which it computes
@@ -116,7 +118,7 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
             "derivative in the running statistics"
         )
     (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
-    out = on_primals(forward, input, weight, bias)
+    out = on_primals(forward, input, weight, bias, composite=True)
     with tangent_context(mode):
         channels = (-1, *(1,) * (x.ndim - 2))
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))

@@ -1,0 +1,134 @@
+"""Unmodified models of timm and transformers, in float64 against the truth."""
+
+import pytest
+import torch
+from networks import close, gradients, true_jvp
+from torch import nn
+
+import scm_kernels
+
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+WINDOWS = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "num_classes": 5,
+}
+TIMM = {
+    "vit": ("vit_tiny_patch16_224", {**SMALL, "patch_size": 8}),
+    "vit with norms of q and k": (
+        "vit_tiny_patch16_224",
+        {**SMALL, "patch_size": 8, "qk_norm": True, "init_values": 0.1, "reg_tokens": 1},
+    ),
+    "eva with rope": ("eva02_tiny_patch14_224", {**SMALL, "patch_size": 8}),
+    "swin": ("swin_tiny_patch4_window7_224", WINDOWS),
+    "swin v2": ("swinv2_tiny_window8_256", WINDOWS),
+    "convnext": (
+        "convnext_atto",
+        {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 5},
+    ),
+    "resnet": ("resnet18", {"num_classes": 5, "channels": (8, 8, 16, 16)}),
+}
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 20,
+    "attn_implementation": "sdpa",
+}
+IMAGES = {"image_size": 16, "patch_size": 4}
+LEFT = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])  # padding, as a causal model has it
+RIGHT = LEFT.flip(1)
+# name: (model, options of its configuration, options of the call)
+TRANSFORMERS = {
+    "llama": ("Llama", {**COMMON, "num_key_value_heads": 2}, {"use_cache": False}),
+    "llama with padding": (
+        "Llama",
+        {**COMMON, "num_key_value_heads": 2},
+        {"use_cache": False, "attention_mask": LEFT},
+    ),
+    "llama with a cache": ("Llama", {**COMMON, "num_key_value_heads": 2}, {"use_cache": True}),
+    "qwen3 with a window": (
+        "Qwen3",
+        {
+            **COMMON,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+        {"use_cache": False},
+    ),
+    "bert": ("Bert", COMMON, {"attention_mask": RIGHT}),
+    "clip": ("CLIPVision", {**COMMON, **IMAGES}, {}),
+    "dinov2": ("Dinov2", {**COMMON, **IMAGES}, {}),
+    "t5": (
+        "T5Encoder",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        {},
+    ),
+}
+
+
+class Function(nn.Module):
+    def __init__(self, model, name=None, options=None):
+        super().__init__()
+        self.model, self.name, self.options = model, name, options or {}
+
+    def forward(self, x):
+        if self.name is None:
+            return self.model(x)
+        return self.model(**{self.name: x}, **self.options).last_hidden_state
+
+
+def timm_model(name):
+    timm = pytest.importorskip("timm")
+    architecture, options = TIMM[name]
+    return Function(timm.create_model(architecture, **options)), (2, 3, 32, 32)
+
+
+def transformers_model(name):
+    transformers = pytest.importorskip("transformers")
+    architecture, options, call = TRANSFORMERS[name]
+    config = architecture.removesuffix("Encoder")
+    config = getattr(transformers, f"{config}Config")(**options)
+    model = getattr(transformers, f"{architecture}Model")(config)
+    if "image_size" in options:
+        return Function(model, "pixel_values", call), (2, 3, 16, 16)
+    return Function(model, "inputs_embeds", call), (2, 7, 32)
+
+
+def check(network, shape):
+    network = network.double().eval()
+    parameters = list(network.parameters())
+    x, tx = torch.randn(2, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        plain = network(x)
+        with scm_kernels.fused():
+            assert torch.equal(network(x), plain)
+    truth = true_jvp(network, (x,), (tx,))
+    assert truth[1].abs().max() > 0
+    for through in (False, True):
+        result = scm_kernels.jvp(network, (x,), (tx,), tangent_grad=through)
+        close(tuple(result), tuple(truth), 1e-11)
+        want = gradients(*truth, parameters, through_tangent=through)
+        got = gradients(*result, parameters, through_tangent=through)
+        close(got, want, 1e-10, f"gradient, tangent_grad={through}")
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    torch.manual_seed(0)
+    check(*timm_model(name))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name):
+    torch.manual_seed(0)
+    check(*transformers_model(name))
