@@ -212,6 +212,20 @@ def test_a_component_that_all_of_t_key_shares_costs_no_accuracy(backend, dtype, 
     assert errors[100.0] <= limit, errors
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float32_mask_keeps_its_digits_beside_half_inputs(backend, dtype):
+    """A bias of the size of ALiBi's, whose rounding to the inputs' dtype would be seen."""
+    case = Case("digits", dtype, m=64, n=64, d=32, mask="bias", mask_dtype=torch.float32)
+    inputs = draw(case)
+    inputs["attn_mask"] *= 100
+    truth = eager(*(inputs[name].double() for name in (*NAMES[:3], "attn_mask")))
+    lo = eager(*(inputs[name] for name in (*NAMES[:3], "attn_mask")))
+    moved = {name: None if x is None else x.to(device_of(backend)) for name, x in inputs.items()}
+    out = run(backend, case, moved)["out"].cpu()
+    assert_within_budget(out, truth, lo, magnitude=float(inputs["value"].abs().max()))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_have_no_influence(backend):
     """Neither their values nor their tangents, however large; also not through the shift c."""

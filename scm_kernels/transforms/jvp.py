@@ -63,7 +63,7 @@ def jvp(
         with mode:
             return func(*args)
 
-    primals = pytree.tree_map(_dense, primals)
+    primals = pytree.tree_map(_owned, primals)
     if not tangent_grad:
         tangents = _detached(tangents)
     out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
@@ -79,10 +79,14 @@ def _inside_a_jvp() -> bool:
 _inside_a_jvp._dynamo_marked_constant = True
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x, copied if it is expanded (one time for a whole batch), which `make_dual` rarely takes."""
+def _owned(x: Tensor) -> Tensor:
+    """x, copied where a view of other memory would not do as a primal.
+
+    `make_dual` rarely takes an expanded one (one time for a whole batch), and a compiled jvp fails
+    in PyTorch at a view of a view.
+    """
     expanded = any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.clone() if expanded else x
+    return x.clone() if expanded or torch.compiler.is_compiling() else x
 
 
 def _detached(tree):
