@@ -15,7 +15,7 @@ from stock_attention import EXACT, B, D, H, M, N, draw, same, stock_jvp
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 
-from scm_kernels import attention_jvp, scaled_dot_product_attention
+from scm_kernels import _backends, attention_jvp, scaled_dot_product_attention
 
 
 @pytest.fixture
@@ -111,6 +111,31 @@ def test_without_a_dual_input_it_is_pytorchs_own(x, keywords):
         beside = jvp(lambda z: (scaled_dot_product_attention(*args, **kwargs), z), (one,), (one,))  # noqa: B023
         assert torch.equal(beside[0][0], truth)
         assert not beside[1][0].any()
+
+
+def test_gqa_without_a_dual_input_is_pytorchs_own(x):
+    q = x[0].repeat_interleave(3, dim=1)
+    ours = scaled_dot_product_attention(q, *x[1:3], enable_gqa=True)
+    assert torch.equal(ours, F.scaled_dot_product_attention(q, *x[1:3], enable_gqa=True))
+
+
+def test_a_tangent_that_is_zero_by_construction_costs_nothing(x, monkeypatch):
+    """PyTorch writes it as a ZeroTensor; the backend must see it as absent."""
+    problems, run = [], _backends.run
+
+    def spy(op, step, problem, request):
+        problems.append(problem)
+        return run(op, step, problem, request)
+
+    monkeypatch.setattr(_backends, "run", spy)
+    zero = torch._efficientzerotensor(x[1].shape, dtype=x[1].dtype)
+    with forward_ad.dual_level():
+        q, k = forward_ad.make_dual(x[0], x[3]), forward_ad.make_dual(x[1], zero)
+        actual = forward_ad.unpack_dual(scaled_dot_product_attention(q, k, x[2]))
+    assert problems[0].tk is None
+    assert problems[0].tv is None
+    truth = stock_jvp(*x[:4], *(torch.zeros_like(y) for y in x[4:]))
+    torch.testing.assert_close(tuple(actual), truth, **EXACT)
 
 
 def test_dropout_without_a_dual_input_is_pytorchs_own(x):

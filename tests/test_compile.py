@@ -179,9 +179,21 @@ def test_lengths_that_change():
         return scm_kernels.jvp(network, (x,), (tx,))
 
     for batch, tokens in ((2, 5), (3, 7)):
-        # Not views of one tensor: Dynamo has no tangent for those where sizes are symbols.
-        x, tx = (torch.randn(batch, tokens, 8, dtype=torch.float64) for _ in range(2))
+        x, tx = torch.randn(2, batch, tokens, 8, dtype=torch.float64)
         close(step(x, tx), true_jvp(network, (x,), (tx,)))
+
+
+def test_primals_that_are_views():
+    """PyTorch's own compiled jvp fails at a view of a primal that is itself a view."""
+
+    @torch.compile(backend=AOT, fullgraph=True)
+    def step(x, t, tx, tt):
+        return scm_kernels.jvp(lambda x, t: (x * t[:, None]).reshape(-1).sin(), (x, t), (tx, tt))
+
+    (x, tx), (t, tt) = torch.randn(2, 4, 8), torch.rand(2, 4)
+    want = stock_jvp(lambda x, t: (x * t[:, None]).reshape(-1).sin(), (x, t), (tx, tt))
+    close(step(x, t, tx, tt), want, 1e-6)
+    close(step(x, t[:1].expand(4), tx, tt)[0], (x * t[0]).reshape(-1).sin(), 1e-6)
 
 
 def test_has_aux():

@@ -119,6 +119,9 @@ def check(network, shape):
         close(tuple(result), tuple(truth), 1e-11)
         want = gradients(*truth, parameters, through_tangent=through)
         got = gradients(*result, parameters, through_tangent=through)
+        assert all(x.isfinite().all() for x in got)
+        if not all(x.isfinite().all() for x in want):
+            continue  # rows without a key: the gradient of eager attention's tangent is NaN there
         close(got, want, 1e-10, f"gradient, tangent_grad={through}")
 
 

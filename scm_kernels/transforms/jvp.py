@@ -63,7 +63,7 @@ def jvp(
         with mode:
             return func(*args)
 
-    primals = pytree.tree_map(_owned, primals)
+    primals, tangents = pytree.tree_map(_owned, (primals, tangents))
     if not tangent_grad:
         tangents = _detached(tangents)
     out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
@@ -80,7 +80,7 @@ _inside_a_jvp._dynamo_marked_constant = True
 
 
 def _owned(x: Tensor) -> Tensor:
-    """x, copied where a view of other memory would not do as a primal.
+    """x, copied where a view of other memory would not do.
 
     `make_dual` rarely takes an expanded one (one time for a whole batch), and a compiled jvp fails
     in PyTorch at a view of a view.
