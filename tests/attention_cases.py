@@ -142,8 +142,9 @@ def _with_minus_inf(shape, gen) -> Tensor:
 
 
 def _padding(shape, gen) -> Tensor:
-    """0 / -10000, as PixArt and SANA pass it. A row of -10000 alone would cost any backward that
-    rebuilds P from lse four digits: lse is rounded at the size of 10000."""
+    """0 / -10000, as PixArt and SANA pass it. A row of -10000 alone costs everybody four digits
+    (scores and lse are rounded at the size of 10000): a comparison would only tell who was lucky.
+    """
     live = torch.rand(shape, generator=gen) > 0.4
     live[..., 0] = True
     return torch.where(live, 0.0, -10000.0).double()

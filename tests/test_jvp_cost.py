@@ -139,6 +139,37 @@ def test_peak_memory(passes):
     assert passes["ours"][1] < 0.5 * passes["pytorch"][1]
 
 
+CHAINS = {  # what a pass may hold at its peak, in units of an ordinary forward
+    "elementwise": (lambda x, w: torch.tanh(x * w[0]) * w[1].sin(), 2.0),
+    "linear": (F.linear, 1.5),
+    "norms": (lambda x, w: F.rms_norm(F.layer_norm(x, (64,), w[0]), (64,), w[1]), 1.75),
+    "attention": (lambda x, w: F.scaled_dot_product_attention(x @ w, x @ w, x @ w), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_no_graph_of_the_tangent_grows_on_the_way(name):
+    """PyTorch's own, which records it, is beyond the bound."""
+    layer, bound = CHAINS[name]
+    weights = [torch.randn(64, 64, requires_grad=True) for _ in range(8)]
+
+    def network(x):
+        for weight in weights:
+            x = layer(x, weight / 8)
+        return x
+
+    x, tx = torch.randn(2, 1, 1, 256, 64)
+    forward, ours, pytorch = (
+        kept_and_peak(run)[1]
+        for run in (
+            lambda: network(x),
+            lambda: scm_kernels.jvp(network, (x,), (tx,)),
+            lambda: stock_jvp(network, (x,), (tx,)),
+        )
+    )
+    assert ours <= bound * forward < pytorch, f"{ours / forward:.2f}, {pytorch / forward:.2f}"
+
+
 @pytest.mark.parametrize("inside", ["relu_", "add_", "view"])
 def test_in_place_operations_keep_no_graph_of_the_tangent(inside):
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(4)]
