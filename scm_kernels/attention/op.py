@@ -48,8 +48,8 @@ def scaled_dot_product_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: dropout with a dual input; a jvp of a jvp; a jvp of a vmap.
 
-    A gradient that is taken while a plain `forward_ad.dual_level` is still open has no tangent of its
-    own: for forward-over-reverse nest `torch.func` transforms, which are right or raise.
+    A gradient that is taken while a plain `forward_ad.dual_level` is still open has no tangent of
+    its own: for forward-over-reverse nest `torch.func` transforms, which are right or raise.
 
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.

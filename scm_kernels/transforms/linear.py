@@ -1,11 +1,10 @@
-"""Functions that are linear in each operand: the product rule, with no product for an absent
-tangent.
+"""Functions that are linear in each operand: the product rule, with no product for what is absent.
 
     y = f(x, w) + b        ty = f(tx, w) + f(x, tw) + tb
 
 PyTorch materialises an absent tangent as zeros and multiplies it: its jvp of a linear layer with
-constant weights runs three GEMMs where two are needed. One GEMM over the stacked [x ; tx] would
-also do, and is not used: see `benchmarks/linear.py`.
+constant weights runs three GEMMs where two are needed. One GEMM over the stacked [x ; tx] takes
+0.94 to 1.33 times as long as the two on a CPU (`benchmarks/linear.py`, measured): it is not used.
 """
 
 from contextlib import nullcontext
