@@ -340,15 +340,28 @@ def test_backward_inside_of_a_level():
     close([p.grad.clone() for p in network.parameters()], list(want))
 
 
-@pytest.mark.xfail(strict=True, reason="the attention op saves primals: a part of the tangent")
-@pytest.mark.parametrize("attention", [F, scm_kernels], ids=["fused", "bare"])
-def test_forward_over_reverse_of_attention_raises(attention):
-    x, tx = torch.randn(2, 1, 2, 4, 6, dtype=torch.float64)
-    with scm_kernels.fused(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.requires_grad_(), tx)
-        out = attention.scaled_dot_product_attention(dual, dual, dual)
-        with pytest.raises(NotImplementedError):
-            torch.autograd.grad(out.sum(), dual)
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_over_reverse_of_attention(loss, causal):
+    """The gradient is dual inside of the level, in all its parts, and plain in a level after it."""
+    q, k, v, tq, tk, tv = torch.randn(6, 1, 2, 4, 6, dtype=torch.float64)
+
+    def run(attention, context):
+        with context, forward_ad.dual_level():
+            inputs = [y.clone().requires_grad_() for y in (q, k, v)]
+            duals = list(map(forward_ad.make_dual, inputs, (tq, tk, tv)))
+            out = attention(*duals, is_causal=causal)
+            grads = torch.autograd.grad(loss(out), duals, retain_graph=True)
+            pairs = [y.detach() for g in grads for y in forward_ad.unpack_dual(g)]
+            primal = forward_ad.unpack_dual(out).primal
+        with forward_ad.dual_level():
+            later = torch.autograd.grad(loss(primal), inputs)
+            assert all(forward_ad.unpack_dual(g).tangent is None for g in later)
+        return pairs
+
+    truth = run(F.scaled_dot_product_attention, sdpa_kernel(SDPBackend.MATH))
+    close(run(F.scaled_dot_product_attention, scm_kernels.fused()), truth)
+    close(run(scm_kernels.scaled_dot_product_attention, torch.enable_grad()), truth)
 
 
 def test_eager_attention_forced_by_the_user_stays_rerouted():

@@ -1,6 +1,9 @@
 """The ops behind `op.py`: schema, kernel, fake, autograd, vmap of attention and its gradient."""
 
+from contextvars import ContextVar
+
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from scm_kernels import _backends, _library
@@ -17,8 +20,22 @@ _INSTEAD = (
 )
 
 
+# A dual tensor of the plain `forward_ad.dual_level` whose tangents `op.py` passes, else None: it
+# has lost its tangent once that level has ended. functorch's transforms end before a backward.
+dual_level: ContextVar[Tensor | None] = ContextVar("scm_kernels_dual_level", default=None)
+
+
+def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
+    if not isinstance(x, Tensor):  # None, or what the checks will refuse
+        return x, None
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
+        tangent = None
+    return primal, tangent
+
+
 # --- attention_jvp: the forward
-# ---------------------------------------------------------------------
 
 
 def _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
@@ -68,25 +85,45 @@ class _Attention(_library.Function):
             q, k, v, _, _, _, mask, _ = tensors
             ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None)
         ctx.options = causal, scale, backend
+        ctx.level = dual_level.get()
         return out, t_out, lse, mu
 
     @staticmethod
     def backward(ctx, dout, dt_out, _dlse, _dmu):
-        causal, scale, backend = ctx.options
-        *tensors, out, t_out, lse, mu = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:8])
-        if dout is None and dt_out is None:
-            return (None,) * 12
-        if dt_out is None:  # the gradient through out does not see the tangents
-            q, k, v, _, _, _, mask, _ = tensors
-            tensors, t_out, mu = [q, k, v, None, None, None, mask, None], None, None
-            wanted[3:6], wanted[7] = [False] * 3, False
-        grads = iter(
-            torch.ops.scm_kernels.attention_jvp_backward(
-                dout, dt_out, *tensors, out, t_out, lse, mu, causal, scale, wanted, backend
-            )
+        wanted, saved = ctx.needs_input_grad[:8], ctx.saved_tensors
+        if ctx.level is None or forward_ad.unpack_dual(ctx.level).tangent is None:
+            return (*_gradients(saved, ctx.options, dout, dt_out, wanted), *(None,) * 4)
+        # A backward inside of the dual level. The gradient of (dout, O) in the inputs has a
+        # tangent: the gradient of (dout, tO), as tO is the tangent of O, and of (tdout, O).
+        (dout, tdout), (dt_out, tdt_out) = map(unpack, (dout, dt_out))
+        if tdt_out is not None:
+            raise NotImplementedError(_INSTEAD)
+        gradients = _gradients(saved, ctx.options, dout, dt_out, wanted)
+        primals = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
+        tangents = _gradients(saved, ctx.options, tdout, dout, primals)
+        duals = (
+            x if t is None else forward_ad.make_dual(x, t)
+            for x, t in zip(gradients, tangents, strict=True)
         )
-        return (*(next(grads) if want else None for want in wanted), None, None, None, None)
+        return (*duals, *(None,) * 4)
+
+
+def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
+    """The gradient of each input, None where it is not wanted."""
+    causal, scale, backend = options
+    *tensors, out, t_out, lse, mu = saved
+    if dout is None and dt_out is None:
+        return [None] * 8
+    if dt_out is None:  # the gradient through out does not see the tangents
+        q, k, v, _, _, _, mask, _ = tensors
+        tensors, t_out, mu = [q, k, v, None, None, None, mask, None], None, None
+        wanted = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
+    gradients = iter(
+        torch.ops.scm_kernels.attention_jvp_backward(
+            dout, dt_out, *tensors, out, t_out, lse, mu, causal, scale, list(wanted), backend
+        )
+    )
+    return [next(gradients) if want else None for want in wanted]
 
 
 def _autograd_forward(*args):
@@ -123,7 +160,6 @@ def _fold_all(tensors, in_dims, size: int, batch: int) -> list[Tensor | None]:
 
 
 # --- attention_jvp_backward: its gradient
-# -----------------------------------------------------------
 
 
 def _empty_backward(dout, dt_out, *args):

@@ -1,6 +1,7 @@
 """Scaled dot product attention with its tangent: the public functions and their checks."""
 
 import math
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checks
-from scm_kernels.attention import library as _library  # registers the ops  # noqa: F401
+from scm_kernels.attention import library  # registers the ops
+from scm_kernels.attention.library import unpack
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
 
@@ -48,9 +50,6 @@ def scaled_dot_product_attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: dropout with a dual input; a jvp of a jvp; a jvp of a vmap.
 
-    A gradient that is taken while a plain `forward_ad.dual_level` is still open has no tangent of
-    its own: for forward-over-reverse nest `torch.func` transforms, which are right or raise.
-
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.
     """
@@ -88,7 +87,8 @@ def dual_attention(
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
         (q, tq), (k, tk), (v, tv), (mask, tmask) = map(unpack, _autocast(inputs))
         tensors = (q, k, v, tq, tk, tv, mask, tmask)
-        out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
+        with _inside_level():
+            out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
         return forward_ad.make_dual(out, t_out)
 
 
@@ -169,14 +169,21 @@ def _is_batched_here(x: Tensor) -> bool:
     return functorch.maybe_get_level(x) == functorch.peek_interpreter_stack().level()
 
 
-def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
-    if not isinstance(x, Tensor):  # None, or what the checks will refuse
-        return x, None
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
+def _inside_level():
+    """Tell autograd that the tangents are those of an open `forward_ad.dual_level`, if they are."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None:
+        return nullcontext()
+    return _dual_level()
+
+
+@contextmanager
+def _dual_level():
+    token = library.dual_level.set(forward_ad.make_dual(torch.zeros(()), torch.ones(())))
+    try:
+        yield
+    finally:
+        library.dual_level.reset(token)
 
 
 def _autocast(tensors: tuple) -> tuple:
