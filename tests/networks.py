@@ -7,8 +7,6 @@ variance for constants, so that the gradient through the tangent is wrong in the
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -201,32 +199,3 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func.overloadpacket.__name__ in self.NAMES
         return func(*args, **(kwargs or {}))
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """Bytes of the storages that ops allocate inside: `kept` now, `peak` so far."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        for x in _tensors(out):
-            storage = x.untyped_storage()
-            if storage._cdata not in self._alive | inputs:
-                self._alive.add(storage._cdata)
-                self.kept += storage.nbytes()
-                self.peak = max(self.peak, self.kept)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return out
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.kept -= size
-
-
-def _tensors(tree) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]

@@ -5,10 +5,11 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import AllocatedBytes, Products, dit_case, stock_jvp
+from networks import Products, dit_case, stock_jvp
 from torch import nn
 
 import scm_kernels
+from benchmarks.memory import AllocatedBytes
 
 torch.manual_seed(0)
 

@@ -257,3 +257,22 @@ def test_nothing_of_the_mode_is_left_behind():
         assert torch.overrides._get_current_function_mode() is None
     scm_kernels.jvp(lambda x: x @ W, (X,), (TX,))
     assert torch.overrides._get_current_function_mode() is None
+
+
+def test_attention_in_a_jvp_inside_keeps_the_graph_of_its_tangent():
+    """The inner tangent is part of the outer output, also where attention is the first to see."""
+    x, tx, w = torch.randn(3, 1, 2, 4, 4, dtype=torch.float64)
+
+    def gradient(attention, outer):
+        weight = w.clone().requires_grad_()
+
+        def function(y):
+            k = y * weight
+            inner = torch.func.jvp(lambda q: attention(q, w, weight), (x,), (tx,))[1]
+            return k.sum() + inner.square().sum()
+
+        return torch.autograd.grad(outer(function, (x,), (tx,))[0], weight)[0]
+
+    truth = gradient(lambda *qkv: scm_kernels.scaled_dot_product_attention(*qkv), torch.func.jvp)
+    ours = gradient(lambda *qkv: scm_kernels.scaled_dot_product_attention(*qkv), scm_kernels.jvp)
+    torch.testing.assert_close(ours, truth)
