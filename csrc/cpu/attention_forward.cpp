@@ -1,0 +1,323 @@
+// Attention with its tangent in one pass over the keys: the recurrence of
+// scm_kernels/attention/reference.py, for a tile of queries [kRows] and a tile of keys at a time.
+//
+//     S^T, T^T = [K tK] x [Q^T tQ^T]         [keys, rows]   one dual product, vectors along the
+//     rows P^T, H^T = softmax_tile(S^T, T^T)                     each vector lane is a row of its
+//     own O^T, tO^T = alpha O^T + [V^T tV^T] x [P^T H^T]        the same dual product, rescaled on
+//     the way
+//
+// bfloat16 runs on the bfloat16 dot instruction where the processor has it, with p and h rounded
+// and the sums that normalise taken of the rounded ones; everything else is converted to float32.
+
+#include "attention_tiles.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace scm {
+namespace SCM_ISA {
+namespace {
+
+// Tiles of 64 to 128 rows and 64 to 192 keys differ by less than the noise: these keep scores,
+// accumulators and queries of D = 128 in 256 KiB.
+constexpr int64_t kRows = 64;
+constexpr int64_t kKeys = 96;
+
+// One state a row; `total` and `moment` are l and mu.
+struct Softmax {
+  alignas(64) float peak[kRows], total[kRows], moment[kRows], shift[kRows];
+  alignas(64) float rescale[kRows];                               // of this tile
+  alignas(64) float rounded_total[kRows], rounded_moment[kRows];  // what normalises
+  bool fresh;                                                     // a row has met no live key yet
+};
+
+template <class Element>
+class Forward {
+ public:
+  Forward(const AttentionForward& p, Arena arena) : p_(p) {
+    columns_ = round_up(least(kRows, p.m), kLanes);
+    tangent_scores_ = p.tq || p.tk || p.tmask;
+    tangent_ = tangent_scores_ || p.tv;
+    const int64_t d = elements<Element>(p.d), keys = least(kKeys, p.n);
+    q_ = arena.floats(d * columns_);
+    tq_ = arena.floats(p.tq ? d * columns_ : 0);
+    k_ = arena.floats(keys * round_up(p.d, kLanes));
+    tk_ = arena.floats(p.tk ? keys * round_up(p.d, kLanes) : 0);
+    v_ = arena.floats(keys * round_up(p.e, kLanes));
+    tv_ = arena.floats(p.tv ? keys * round_up(p.e, kLanes) : 0);
+    s_ = arena.floats(keys * columns_);
+    t_ = arena.floats(tangent_scores_ ? keys * columns_ : 0);
+    bias_ = arena.floats(p.mask || p.causal ? keys * columns_ : 0);
+    t_bias_ = arena.floats(p.tmask ? keys * columns_ : 0);
+    out_ = arena.floats(p.e * columns_);
+    t_out_ = arena.floats(tangent_ ? p.e * columns_ : 0);
+    end_ = arena.next;
+  }
+
+  static size_t scratch_bytes(const AttentionForward& p) {
+    alignas(64) static char base[64];
+    return Forward(p, Arena{base}).end_ - base;
+  }
+
+  void run(int64_t b, int64_t h, int64_t row) {
+    const int64_t hk = h / (p_.h / p_.hk), rows = least(kRows, p_.m - row);
+    columns_ = round_up(rows, kLanes);
+    inputs_ = {matrix(p_.k, b, hk),  matrix(p_.v, b, hk),   matrix(p_.tk, b, hk),
+               matrix(p_.tv, b, hk), matrix(p_.mask, b, h), matrix(p_.tmask, b, h)};
+    transpose_rows<Element>(matrix(p_.q, b, h), row, rows, p_.d, q_, columns_);
+    if (p_.tq) transpose_rows<Element>(matrix(p_.tq, b, h), row, rows, p_.d, tq_, columns_);
+    start();
+    const int64_t last = p_.causal ? least(p_.n, row + rows) : p_.n;
+    for (int64_t key = 0; key < last; key += kKeys) {
+      const Tile tile{row, rows, key, least(kKeys, last - key), columns_};
+      const Cover cover = mask_tile(inputs_.mask, p_.causal, tile, bias_);
+      if (cover == Cover::kAll) continue;
+      scores(tile);
+      softmax(tile, cover);
+      accumulate(tile);
+    }
+    finish(b, h, row, rows);
+  }
+
+ private:
+  struct Inputs {
+    Matrix k, v, tk, tv, mask, tmask;
+  };
+
+  void start() {
+    for (int64_t i = 0; i < columns_; ++i) {
+      state_.peak[i] = -__builtin_inff();
+      state_.total[i] = state_.moment[i] = state_.shift[i] = 0.0f;
+      state_.rounded_total[i] = state_.rounded_moment[i] = 0.0f;
+    }
+    state_.fresh = true;
+    empty_ = true;
+  }
+
+  // s, t [keys, columns], not scaled yet.
+  void scores(const Tile& tile) {
+    const Left k = rows_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
+    const Left tk = rows_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
+    const Right right{bytes(q_), p_.tq ? bytes(tq_) : nullptr, 4 * columns_};
+    const Sum sum{s_, t_, columns_, true, nullptr};
+    dual_product<Element>(tile.keys, columns_ / kLanes, elements<Element>(p_.d), k, tk, right, sum);
+    if (tangent_scores_ && !p_.tq && !p_.tk) {
+      std::memset(t_, 0, 4 * tile.keys * columns_);
+    }
+  }
+
+  void softmax(const Tile& tile, Cover cover) {
+    const bool masked = cover == Cover::kSome || p_.tmask;
+    if (masked) {
+      if (cover == Cover::kNothing) std::memset(bias_, 0, 4 * tile.keys * columns_);
+      if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
+    }
+    for (int64_t i = 0; i < columns_; i += kLanes) {
+      if (tangent_scores_) {
+        masked ? softmax_tile<true, true>(tile.keys, i) : softmax_tile<true, false>(tile.keys, i);
+      } else {
+        masked ? softmax_tile<false, true>(tile.keys, i) : softmax_tile<false, false>(tile.keys, i);
+      }
+    }
+    if (state_.fresh) {
+      state_.fresh = false;
+      for (int64_t i = 0; i < columns_; ++i) state_.fresh |= state_.total[i] == 0.0f;
+    }
+  }
+
+  // One vector of rows: s becomes p and t becomes h, and the state takes in the tile.
+  template <bool kTangent, bool kMasked>
+  void softmax_tile(int64_t keys, int64_t column) {
+    const VecF dead = broadcast(-__builtin_inff());
+    const float scale = p_.scale;
+    float* s = s_ + column;
+    float* t = t_ + column;
+    const int64_t row = columns_;
+    VecF peak = load<VecF>(state_.peak + column);
+    const VecF old_peak = peak;
+    for (int64_t key = 0; key < keys; ++key) {
+      VecF x = load<VecF>(s + key * row) * scale;
+      if constexpr (kMasked) {
+        const VecF bias = load<VecF>(bias_ + column + key * row);
+        x = bias == dead ? dead : x + bias;  // whatever a dead key's score is
+        store(s + key * row, x);
+      }
+      peak = max(x, peak);
+    }
+    if (kTangent && state_.fresh) fix_shift<kMasked>(keys, column);
+    const VecF shift = load<VecF>(state_.shift + column);
+    const VecF origin = peak == dead ? VecF{} : peak;
+    const VecF rescale = exp_nonpositive(old_peak - origin);
+    Sums sums;
+    for (int64_t key = 0; key < keys; key += Element::kPerElement) {
+      VecF p[2] = {}, h[2] = {};
+      SCM_UNROLL
+      for (int i = 0; i < Element::kPerElement; ++i) {
+        if (key + i >= keys) break;
+        VecF x = load<VecF>(s + (key + i) * row);
+        if constexpr (!kMasked) x = x * scale - origin;
+        p[i] = exp_nonpositive(kMasked ? x - origin : x);
+        if constexpr (kTangent) {
+          VecF y = load<VecF>(t + (key + i) * row) * scale;
+          if constexpr (kMasked) {
+            if (p_.tmask) y += load<VecF>(t_bias_ + column + (key + i) * row);
+            y = x == dead ? shift : y;
+          }
+          h[i] = p[i] * (y - shift);
+        }
+        sums.total += p[i];
+        sums.moment += h[i];
+      }
+      const int64_t at = key / Element::kPerElement * row;
+      store_elements(s + at, p, &sums.rounded_total);
+      if constexpr (kTangent) store_elements(t + at, h, &sums.rounded_moment);
+    }
+    store(state_.peak + column, peak);
+    store(state_.rescale + column, rescale);
+    sums.add_to(state_.total, state_.moment, rescale, column);
+    if (Element::kPerElement == 2) {
+      store(state_.rounded_total + column,
+            load<VecF>(state_.rounded_total + column) * rescale + sums.rounded_total);
+      store(state_.rounded_moment + column,
+            load<VecF>(state_.rounded_moment + column) * rescale + sums.rounded_moment);
+    }
+  }
+
+  struct Sums {
+    VecF total{}, moment{}, rounded_total{}, rounded_moment{};
+
+    void add_to(float* l, float* mu, VecF rescale, int64_t column) const {
+      store(l + column, load<VecF>(l + column) * rescale + total);
+      store(mu + column, load<VecF>(mu + column) * rescale + moment);
+    }
+  };
+
+  // x of one key, or of two as a pair of bfloat16, whose rounded values `sum` takes in.
+  SCM_INLINE void store_elements(float* to, const VecF (&x)[2], VecF* sum) {
+    if constexpr (Element::kPerElement == 1) {
+      store(to, x[0]);
+    } else {
+      const VecU low = to_bf16(x[0]), high = to_bf16(x[1]);
+      *sum += from_bf16(low) + from_bf16(high);
+      store(to, low | high << 16);
+    }
+  }
+
+  // c, the mean of T over the live keys, of the rows that meet their first ones in this tile.
+  template <bool kMasked>
+  void fix_shift(int64_t keys, int64_t column) {
+    VecF sum{}, count{};
+    for (int64_t key = 0; key < keys; ++key) {
+      const int64_t at = column + key * columns_;
+      VecF y = load<VecF>(t_ + at) * p_.scale, one = broadcast(1.0f);
+      if constexpr (kMasked) {
+        if (p_.tmask) y += load<VecF>(t_bias_ + at);
+        const VecI live = load<VecF>(s_ + at) != broadcast(-__builtin_inff());
+        y = live ? y : VecF{};
+        one = live ? one : VecF{};
+      }
+      sum += y;
+      count += one;
+    }
+    const VecF fresh = load<VecF>(state_.total + column);
+    const VecF mean = sum / max(count, broadcast(1.0f));
+    store(state_.shift + column, fresh == 0.0f ? mean : load<VecF>(state_.shift + column));
+  }
+
+  // out, t_out [e, columns] take in p V and h V + p tV.
+  void accumulate(const Tile& tile) {
+    const Left v = columns_as_elements<Element>(inputs_.v, tile.key, tile.keys, p_.e, v_);
+    const Left tv = columns_as_elements<Element>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
+    const Right right{bytes(s_), tangent_scores_ ? bytes(t_) : nullptr, 4 * columns_};
+    const Sum sum{out_, t_out_, columns_, empty_, state_.rescale};
+    dual_product<Element>(p_.e, columns_ / kLanes, elements<Element>(tile.keys), v, tv, right, sum);
+    empty_ = false;
+  }
+
+  void finish(int64_t b, int64_t h, int64_t row, int64_t rows) {
+    if (Element::kPerElement == 1) {
+      std::memcpy(state_.rounded_total, state_.total, sizeof state_.total);
+      std::memcpy(state_.rounded_moment, state_.moment, sizeof state_.moment);
+    }
+    float* lse = p_.lse + (b * p_.h + h) * p_.m + row;
+    float* mu = p_.mu + (b * p_.h + h) * p_.m + row;
+    for (int64_t i = 0; i < rows; ++i) {
+      const float total = state_.total[i];
+      const bool alive = total != 0.0f;
+      lse[i] = alive ? state_.peak[i] + __builtin_logf(total) : -__builtin_inff();
+      mu[i] = alive ? state_.moment[i] / total + state_.shift[i] : 0.0f;
+    }
+    for (int64_t i = 0; i < columns_; i += kLanes) normalise(i);
+    store_rows(matrix(p_.out, b, h), row, rows, out_);
+    store_rows(matrix(p_.t_out, b, h), row, rows, tangent_ ? t_out_ : nullptr);
+  }
+
+  // O = acc / l, tO = tacc / l - (mu / l) O of one vector of rows.
+  void normalise(int64_t column) {
+    const VecF total = load<VecF>(state_.rounded_total + column);
+    const VecF inverse = 1.0f / (total == 0.0f ? broadcast(1.0f) : total);
+    const VecF mean = load<VecF>(state_.rounded_moment + column) * inverse;
+    for (int64_t e = 0; e < p_.e; ++e) {
+      float* out = out_ + e * columns_ + column;
+      const VecF x = empty_ ? VecF{} : load<VecF>(out) * inverse;
+      store(out, x);
+      if (!tangent_) continue;
+      float* t_out = t_out_ + e * columns_ + column;
+      store(t_out, empty_ ? VecF{} : load<VecF>(t_out) * inverse - mean * x);
+    }
+  }
+
+  // Rows of `to` from x [e, columns]; zeros where x is absent.
+  void store_rows(const Matrix& to, int64_t row, int64_t rows, const float* x) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      for (int64_t e = 0; e < p_.e; e += kLanes) {
+        VecF block[kLanes] = {};
+        const int64_t width = least<int64_t>(kLanes, p_.e - e);
+        for (int64_t r = 0; r < width && x != nullptr; ++r) {
+          block[r] = load<VecF>(x + (e + r) * columns_ + i);
+        }
+        transpose(block);
+        const int64_t count = least<int64_t>(kLanes, rows - i);
+        for (int64_t r = 0; r < count; ++r) {
+          char* at = to.at(row + i + r) + e * size_of(to.type);
+          if (width == kLanes) {
+            store_from_float(at, to.type, block[r]);
+          } else {
+            store_some_from_float(at, to.type, block[r], width, 1);
+          }
+        }
+      }
+    }
+  }
+
+  static const char* bytes(const float* x) { return reinterpret_cast<const char*>(x); }
+
+  const AttentionForward& p_;
+  Inputs inputs_;
+  int64_t columns_;
+  bool tangent_scores_, tangent_, empty_;
+  float *q_, *tq_, *k_, *tk_, *v_, *tv_, *s_, *t_, *bias_, *t_bias_, *out_, *t_out_;
+  char* end_;
+  Softmax state_;
+};
+
+template <class Element>
+Status run(const AttentionForward& p) {
+  const int64_t tiles = (p.m + kRows - 1) / kRows;
+  const size_t bytes = Forward<Element>::scratch_bytes(p);
+  return parallel_for(p.b * p.h * tiles, p.threads, bytes, [&](int64_t item, char* scratch) {
+    const int64_t head = item / tiles, tile = tiles - 1 - item % tiles;  // causal: longest first
+    Forward<Element>(p, Arena{scratch}).run(head / p.h, head % p.h, tile * kRows);
+  });
+}
+
+}  // namespace
+
+Status attention_forward(const AttentionForward& p) {
+#if defined(__AVX512BF16__)
+  if (p.q.type == Type::kBFloat16) return run<BFloat16Pair>(p);
+#endif
+  return run<Float32>(p);
+}
+
+}  // namespace SCM_ISA
+}  // namespace scm

@@ -1,0 +1,229 @@
+// What the forward and the backward of attention share: tiles of the inputs in the layouts that
+// the matrix kernel wants, converted to its elements on the way where they are not theirs already.
+#pragma once
+
+#include "gemm.h"
+
+namespace scm {
+namespace SCM_ISA {
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+template <class X>
+SCM_INLINE X least(X a, X b) {
+  return a < b ? a : b;
+}
+
+// Elements of four bytes that `width` features make: pairs of bfloat16, or floats.
+template <class Element>
+constexpr int64_t elements(int64_t width) {
+  return (width + Element::kPerElement - 1) / Element::kPerElement;
+}
+
+// Hands out pieces of a thread's scratch memory, each aligned to 64. Made with nullptr it only
+// counts.
+struct Arena {
+  char* next;
+
+  float* floats(int64_t count) {
+    char* piece = next;
+    next += round_up(4 * count, 64);
+    return reinterpret_cast<float*>(piece);
+  }
+};
+
+// A matrix within a tensor of four dimensions: one (batch, head).
+struct Matrix {
+  char* data;
+  int64_t row;  // in bytes
+  int64_t column;
+  Type type;
+
+  explicit operator bool() const { return data != nullptr; }
+  char* at(int64_t i) const { return data + i * row; }
+};
+
+static inline Matrix matrix(const Tensor& x, int64_t b, int64_t h) {
+  if (!x) return {nullptr, 0, 0, x.type};
+  const int64_t size = size_of(x.type);
+  return {x.data + (b * x.stride[0] + h * x.stride[1]) * size, x.stride[2] * size,
+          x.stride[3] * size, x.type};
+}
+
+// kLanes elements of a row [width], from feature `from` on; zeros past its end.
+template <class Element>
+SCM_INLINE VecF load_elements(const char* row, Type type, int64_t from, int64_t width) {
+  if constexpr (Element::kPerElement == 2) {
+    const int64_t count = width - from;
+    if (count >= 2 * kLanes) return load<VecF>(row + 2 * from);
+    alignas(64) char buffer[4 * kLanes] = {};
+    if (count > 0) std::memcpy(buffer, row + 2 * from, 2 * count);
+    return load<VecF>(buffer);
+  } else {
+    const char* at = row + from * size_of(type);
+    if (from + kLanes <= width) return load_as_float(at, type);
+    return load_some_as_float(at, type, width - from, 1);
+  }
+}
+
+// to [elements(width), columns] = x [rows, width] transposed; zeros in columns past the rows.
+template <class Element>
+static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t width, float* to,
+                           int64_t columns) {
+  const int64_t height = elements<Element>(width);
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    for (int64_t j = 0; j < height; j += kLanes) {
+      VecF block[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        block[r] = i + r >= rows ? VecF{}
+                                 : load_elements<Element>(x.at(first + i + r), x.type,
+                                                          j * Element::kPerElement, width);
+      }
+      transpose(block);
+      const int64_t count = least<int64_t>(kLanes, height - j);
+      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * columns + i, block[r]);
+    }
+  }
+}
+
+// Rows of x as they lie if they are elements already, else converted to `scratch`
+// [rows, round_up(width, kLanes)]; for a sum over the features.
+template <class Element>
+static Left rows_as_elements(const Matrix& x, int64_t first, int64_t rows, int64_t width,
+                             float* scratch) {
+  if (!x) return {};
+  const bool direct = Element::kPerElement == 2 ? width % 2 == 0 : x.type == Type::kFloat32;
+  if (direct) return {x.at(first), x.row, 4};
+  const int64_t height = elements<Element>(width), padded = round_up(height, kLanes);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < height; j += kLanes) {
+      store(scratch + i * padded + j,
+            load_elements<Element>(x.at(first + i), x.type, j * Element::kPerElement, width));
+    }
+  }
+  return {reinterpret_cast<const char*>(scratch), 4 * padded, 4};
+}
+
+// x transposed, for a sum over its rows; bfloat16 as pairs of consecutive rows.
+template <class Element>
+static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, int64_t width,
+                                float* scratch) {
+  if (!x) return {};
+  if constexpr (Element::kPerElement == 1) {
+    const Left left = rows_as_elements<Element>(x, first, rows, width, scratch);
+    return {left.data, left.step, left.row};
+  } else {
+    const int64_t padded = round_up(width, kLanes);
+    for (int64_t i = 0; i < rows; i += 2) {
+      const char* even = x.at(first + i);
+      const char* odd = x.at(first + i + 1);
+      for (int64_t j = 0; j < width; j += kLanes) {
+        VecU pair;
+        if (j + kLanes <= width && i + 1 < rows) {
+          pair = __builtin_convertvector(load<VecH>(even + 2 * j), VecU) |
+                 __builtin_convertvector(load<VecH>(odd + 2 * j), VecU) << 16;
+        } else {
+          alignas(64) char buffer[4 * kLanes] = {};
+          for (int64_t c = j; c < least<int64_t>(width, j + kLanes); ++c) {
+            std::memcpy(buffer + 4 * (c - j), even + 2 * c, 2);
+            if (i + 1 < rows) std::memcpy(buffer + 4 * (c - j) + 2, odd + 2 * c, 2);
+          }
+          pair = load<VecU>(buffer);
+        }
+        store(scratch + i / 2 * padded + j, pair);
+      }
+    }
+    return {reinterpret_cast<const char*>(scratch), 4, 4 * padded};
+  }
+}
+
+// c1 = a1 b1 and c2 = a1 b2 + a2 b1, where a2 or b2 may be absent, and then costs nothing.
+template <class Element>
+static void dual_product(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
+                         const Left& left2, const Right& right, const Sum& sum) {
+  if (right.b2 != nullptr && left2.data != nullptr) {
+    dual_gemm<Element, Products::kDual>(rows, vectors, steps, left1, left2, right, sum);
+  } else if (right.b2 != nullptr) {
+    dual_gemm<Element, Products::kShared>(rows, vectors, steps, left1, left1, right, sum);
+  } else {
+    const Right only{right.b1, right.b1, right.step};
+    const Sum to1{sum.c1, sum.c1, sum.row, sum.zero, sum.rescale};
+    dual_gemm<Element, Products::kFirst>(rows, vectors, steps, left1, left1, only, to1);
+    if (left2.data == nullptr) return;
+    const Sum to2{sum.c2, sum.c2, sum.row, sum.zero, sum.rescale};
+    dual_gemm<Element, Products::kFirst>(rows, vectors, steps, left2, left2, only, to2);
+  }
+}
+
+// --- masks
+// ----------------------------------------------------------------------------------------
+
+struct Tile {
+  int64_t row, rows, key, keys;  // from row and key on
+  int64_t columns;               // rows, rounded up to whole vectors
+};
+
+// to [keys, columns] = a tile of a mask, transposed, as what is added to the scores; `outside` past
+// the last row.
+static inline void transpose_mask(const Matrix& mask, const Tile& tile, float outside, float* to) {
+  const int64_t size = size_of(mask.type);
+  for (int64_t i = 0; i < tile.columns; i += kLanes) {
+    for (int64_t j = 0; j < tile.keys; j += kLanes) {
+      VecF block[kLanes];
+      const int64_t count = least<int64_t>(kLanes, tile.keys - j);
+      for (int64_t r = 0; r < kLanes; ++r) {
+        if (i + r >= tile.rows) {
+          block[r] = broadcast(outside);
+          continue;
+        }
+        const char* at = mask.at(tile.row + i + r) + (tile.key + j) * mask.column;
+        if (mask.column == size && count == kLanes) {
+          block[r] = load_as_float(at, mask.type);
+        } else {
+          block[r] = load_some_as_float(at, mask.type, count, mask.column / size);
+        }
+      }
+      transpose(block);
+      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * tile.columns + i, block[r]);
+    }
+  }
+}
+
+enum class Cover {
+  kNothing,
+  kSome,
+  kAll
+};  // how much of a tile a mask touches; kAll: no key lives
+
+// bias [keys, columns]: what mask and causality add to the scores of a tile, -infinity where a key
+// takes no part. Not written where it is nothing.
+static inline Cover mask_tile(const Matrix& mask, bool causal, const Tile& tile, float* bias) {
+  const VecF dead = broadcast(-__builtin_inff());
+  const bool diagonal = causal && tile.key + tile.keys - 1 > tile.row;
+  if (!mask && !diagonal) return Cover::kNothing;
+  if (mask) transpose_mask(mask, tile, -__builtin_inff(), bias);
+  VecI touched{}, live{}, lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int64_t i = 0; i < tile.columns; i += kLanes) {
+    const VecI row = lane + static_cast<int32_t>(i);
+    for (int64_t key = 0; key < tile.keys; ++key) {
+      float* at = bias + key * tile.columns + i;
+      VecF x = mask ? load<VecF>(at) : VecF{};
+      if (diagonal) {
+        x = row >= static_cast<int32_t>(tile.key + key - tile.row) ? x : dead;
+        store(at, x);
+      }
+      touched |= x != 0.0f;
+      live |= x != dead;
+    }
+  }
+  int32_t any_touched = 0, any_live = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    any_touched |= touched[i];
+    any_live |= live[i];
+  }
+  return any_live == 0 ? Cover::kAll : any_touched == 0 ? Cover::kNothing : Cover::kSome;
+}
+
+}  // namespace SCM_ISA
+}  // namespace scm

@@ -1,0 +1,61 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+
+// SCM_ISAS(X) is X(name) for each instruction set that the build compiled, best first.
+#define SCM_DECLARE(isa)                             \
+  namespace isa {                                    \
+  Status attention_forward(const AttentionForward&); \
+  }
+
+namespace scm {
+
+SCM_ISAS(SCM_DECLARE)
+
+namespace {
+
+bool processor_has(const char* isa) {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+#endif
+  return std::strcmp(isa, "baseline") == 0;
+}
+
+std::atomic<size_t> selected{0};
+
+}  // namespace
+
+const std::vector<Kernels>& available_kernels() {
+#define SCM_ENTRY(isa) {#isa, isa::attention_forward},
+  static const std::vector<Kernels> available = [] {
+    const Kernels built[] = {SCM_ISAS(SCM_ENTRY)};
+    std::vector<Kernels> list;
+    for (const Kernels& kernels : built) {
+      if (processor_has(kernels.isa)) list.push_back(kernels);
+    }
+    return list;
+  }();
+  return available;
+}
+
+const Kernels& kernels() { return available_kernels()[selected]; }
+
+bool select_kernels(const char* isa) {
+  const std::vector<Kernels>& all = available_kernels();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (std::strcmp(all[i].isa, isa) == 0) {
+      selected = i;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace scm

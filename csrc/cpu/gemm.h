@@ -1,0 +1,164 @@
+// One micro-kernel for all matrix products of attention and its tangent, forward and backward:
+//
+//     c1 += a1 b1            c2 += a1 b2 + a2 b1
+//
+// the product of two dual matrices. Broadcast elements of a meet vectors of b and c: a is read in
+// whatever layout it has, c is a tile of registers. With S^T = K Q^T and O^T = V^T P the vectors
+// run along the queries, so that K, V and their tangents are read from where they lie, and no lane
+// is wasted on a head dimension that is not a multiple of a vector.
+//
+// Register tiles of 6 x 2 vectors (AVX-512, NEON) and 3 x 2 (16 registers): one load of b serves 6
+// rows and one of a serves 2 columns, and the 24 accumulators hide the latency of an FMA.
+#pragma once
+
+#include "simd.h"
+
+namespace scm {
+namespace SCM_ISA {
+
+// What one element of a and one of b are, both four bytes: a float, or a pair of bfloat16 of two
+// consecutive steps of the sum.
+struct Float32 {
+  static constexpr int kPerElement = 1;
+  typedef VecF Vec;
+  SCM_INLINE Vec broadcast_element(const char* from) {
+    float x;
+    std::memcpy(&x, from, sizeof x);
+    return broadcast(x);
+  }
+  SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) { return c + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pair {
+  static constexpr int kPerElement = 2;
+  typedef VecI Vec;
+  SCM_INLINE Vec broadcast_element(const char* from) {
+    int32_t x;
+    std::memcpy(&x, from, sizeof x);
+    return x - VecI{};
+  }
+  SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// The products that are wanted; an absent tangent costs nothing.
+enum class Products { kFirst, kShared, kDual };  // c1 += a1 b1; also c2 += a1 b2; also += a2 b1
+
+// [rows, steps], strides in bytes.
+struct Left {
+  const char* data;
+  int64_t row, step;
+};
+
+// b1, b2 [steps, columns], four bytes an element.
+struct Right {
+  const char *b1, *b2;
+  int64_t step;  // in bytes
+};
+
+// c1, c2 [rows, columns] float32. Before the sum c is taken as zero, as it is, or (`rescale`, a
+// factor for each column) scaled.
+struct Sum {
+  float *c1, *c2;
+  int64_t row;  // in elements
+  bool zero;
+  const float* rescale;
+};
+
+template <class Element, Products kProducts, int kRows, int kCols>
+static void register_tile(int64_t steps, const Left& left1, const Left& left2, const Right& right,
+                          const Sum& sum) {
+  using Vec = typename Element::Vec;
+  constexpr bool kSecond = kProducts != Products::kFirst;
+  constexpr bool kDual = kProducts == Products::kDual;
+  VecF c1[kRows][kCols], c2[kRows][kCols];
+  SCM_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    SCM_UNROLL
+    for (int j = 0; j < kCols; ++j) {
+      const int64_t at = i * sum.row + j * kLanes;
+      const VecF factor = sum.rescale ? load<VecF>(sum.rescale + j * kLanes) : broadcast(1.0f);
+      c1[i][j] = sum.zero ? VecF{} : load<VecF>(sum.c1 + at) * factor;
+      if constexpr (kSecond) c2[i][j] = sum.zero ? VecF{} : load<VecF>(sum.c2 + at) * factor;
+    }
+  }
+  const char *a1 = left1.data, *a2 = left2.data, *b1 = right.b1, *b2 = right.b2;
+  for (int64_t step = 0; step < steps; ++step) {
+    Vec x[kCols], y[kCols];
+    SCM_UNROLL
+    for (int j = 0; j < kCols; ++j) {
+      x[j] = load<Vec>(b1 + 4 * j * kLanes);
+      if constexpr (kSecond) y[j] = load<Vec>(b2 + 4 * j * kLanes);
+    }
+    SCM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const Vec a = Element::broadcast_element(a1 + i * left1.row);
+      SCM_UNROLL
+      for (int j = 0; j < kCols; ++j) {
+        c1[i][j] = Element::multiply_add(c1[i][j], a, x[j]);
+        if constexpr (kSecond) c2[i][j] = Element::multiply_add(c2[i][j], a, y[j]);
+      }
+      if constexpr (kDual) {
+        const Vec t = Element::broadcast_element(a2 + i * left2.row);
+        SCM_UNROLL
+        for (int j = 0; j < kCols; ++j) c2[i][j] = Element::multiply_add(c2[i][j], t, x[j]);
+      }
+    }
+    a1 += left1.step;
+    if constexpr (kDual) a2 += left2.step;
+    b1 += right.step;
+    if constexpr (kSecond) b2 += right.step;
+  }
+  SCM_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    SCM_UNROLL
+    for (int j = 0; j < kCols; ++j) {
+      const int64_t at = i * sum.row + j * kLanes;
+      store(sum.c1 + at, c1[i][j]);
+      if constexpr (kSecond) store(sum.c2 + at, c2[i][j]);
+    }
+  }
+}
+
+template <class Element, Products kProducts, int kCols, int kRows = kTileRows>
+SCM_INLINE void register_tile_of(int64_t rows, int64_t steps, const Left& left1, const Left& left2,
+                                 const Right& right, const Sum& sum) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return register_tile_of<Element, kProducts, kCols, kRows - 1>(rows, steps, left1, left2,
+                                                                    right, sum);
+    }
+  }
+  register_tile<Element, kProducts, kRows, kCols>(steps, left1, left2, right, sum);
+}
+
+// c1, c2 [rows, vectors * kLanes] from `steps` elements a sum.
+template <class Element, Products kProducts>
+static void dual_gemm(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
+                      const Left& left2, const Right& right, const Sum& sum) {
+  const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t j = 0; j < vectors; j += 2) {
+    const int64_t column = j * kLanes;
+    const Right b{right.b1 + 4 * column, right.b2 + 4 * column, right.step};
+    for (int64_t block = 0, i = 0; block < blocks; ++block) {
+      const int64_t height = (rows - i + blocks - block - 1) / (blocks - block);  // even blocks
+      const int64_t at = i * sum.row + column;
+      const Left a1{left1.data + i * left1.row, left1.row, left1.step};
+      const Left a2{left2.data + i * left2.row, left2.row, left2.step};
+      const Sum c{sum.c1 + at, sum.c2 + at, sum.row, sum.zero,
+                  sum.rescale ? sum.rescale + column : nullptr};
+      if (j + 1 < vectors) {
+        register_tile_of<Element, kProducts, 2>(height, steps, a1, a2, b, c);
+      } else {
+        register_tile_of<Element, kProducts, 1>(height, steps, a1, a2, b, c);
+      }
+      i += height;
+    }
+  }
+}
+
+}  // namespace SCM_ISA
+}  // namespace scm

@@ -1,0 +1,81 @@
+// scm_kernels._C: the kernels as Python functions of plain addresses, sizes and strides. The GIL is
+// released while they run; a kernel's error code becomes an exception.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// (address, type, stride of each of four dimensions), or None.
+using Address = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>>;
+
+scm::Tensor tensor(const Address& x) {
+  if (!x) return {};
+  const auto& [data, type, s0, s1, s2, s3] = *x;
+  return {reinterpret_cast<char*>(data), {s0, s1, s2, s3}, static_cast<scm::Type>(type)};
+}
+
+template <class Problem>
+void run(scm::Status (*kernel)(const Problem&), const Problem& problem) {
+  scm::Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel(problem);
+  }
+  if (status == scm::kOutOfMemory) throw std::bad_alloc();
+}
+
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+template <class Problem>
+Problem attention(const Sizes& sizes, bool causal, float scale, int threads,
+                  const std::vector<Address>& inputs) {
+  Problem p{};
+  std::tie(p.b, p.h, p.hk, p.m, p.n, p.d, p.e) = sizes;
+  p.causal = causal, p.scale = scale, p.threads = threads;
+  scm::Tensor* to[] = {&p.q, &p.k, &p.v, &p.tq, &p.tk, &p.tv, &p.mask, &p.tmask};
+  for (size_t i = 0; i < std::size(to); ++i) *to[i] = tensor(inputs.at(i));
+  return p;
+}
+
+void attention_forward(const Sizes& sizes, bool causal, float scale, int threads,
+                       const std::vector<Address>& inputs, const Address& out, const Address& t_out,
+                       uintptr_t lse, uintptr_t mu) {
+  auto p = attention<scm::AttentionForward>(sizes, causal, scale, threads, inputs);
+  p.out = tensor(out), p.t_out = tensor(t_out);
+  p.lse = reinterpret_cast<float*>(lse), p.mu = reinterpret_cast<float*>(mu);
+  run(scm::kernels().attention_forward, p);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const scm::Kernels& kernels : scm::available_kernels()) names.push_back(kernels.isa);
+  return names;
+}
+
+void select_instruction_set(const std::string& name) {
+  if (scm::select_kernels(name.c_str())) return;
+  std::string known;
+  for (const std::string& other : instruction_sets()) known += (known.empty() ? "" : ", ") + other;
+  throw py::value_error("instruction set: got '" + name + "', expected one of " + known);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of scm_kernels. Arguments are addresses: call them through the ops.";
+  m.def("instruction_sets", &instruction_sets, "Those built and supported here, best first.");
+  m.def("instruction_set", [] { return scm::kernels().isa; }, "The one in use.");
+  m.def("select_instruction_set", &select_instruction_set, "Use this one from now on.");
+  m.def("attention_forward", &attention_forward);
+}

@@ -1,0 +1,40 @@
+"""The compiled module `scm_kernels._C`, if there is one, and what its functions take."""
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SET = "SCM_KERNELS_CPU_ISA"
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Type in kernels.h
+
+
+def unavailable() -> str | None:
+    """Why the compiled module is not there, None if it is."""
+    if module() is None:
+        return (
+            "the native module scm_kernels._C was not built; with a C++ compiler, "
+            "`SCM_KERNELS_BUILD=cpu pip install .` in the source tree builds it or says why not"
+        )
+    return None
+
+
+@cache
+def module() -> ModuleType | None:
+    """The compiled module. It is imported after torch, so that both share one pool of threads."""
+    try:
+        from scm_kernels import _C
+    except ModuleNotFoundError as error:
+        if error.name != "scm_kernels._C":
+            raise
+        return None
+    if os.environ.get(INSTRUCTION_SET):
+        _C.select_instruction_set(os.environ[INSTRUCTION_SET])
+    return _C
+
+
+def address(x: Tensor | None) -> tuple[int, ...] | None:
+    """A tensor of four dimensions as the kernels take it: address, type, strides in elements."""
+    return None if x is None else (x.data_ptr(), _TYPES[x.dtype], *x.stride())

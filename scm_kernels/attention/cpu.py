@@ -1,0 +1,50 @@
+"""Attention on the CPU by the C++ kernels of csrc/cpu."""
+
+import torch
+from torch import Tensor
+
+from scm_kernels import _native
+from scm_kernels.attention.problem import Backward, Forward
+
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+def unavailable() -> str | None:
+    """Why there are no compiled kernels."""
+    return _native.unavailable()
+
+
+def refuses(problem: Forward | Backward) -> str | None:
+    """Tensors elsewhere, and float64."""
+    q = problem.q
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, not on {q.device.type}"
+    if q.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16, not {q.dtype}"
+    if isinstance(problem, Backward):
+        return "it has no backward yet"
+    return None
+
+
+def forward(problem: Forward) -> None:
+    """One pass over the keys."""
+    p = problem
+    _native.module().attention_forward(
+        *_arguments(p),
+        _native.address(p.out),
+        _native.address(p.t_out),
+        p.lse.data_ptr(),
+        p.mu.data_ptr(),
+    )
+
+
+def _arguments(p: Forward | Backward) -> tuple:
+    """What both kernels begin with: sizes, options, inputs."""
+    (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
+    inputs = [_native.address(x) for x in (p.q, p.k, p.v, p.tq, p.tk, p.tv)]
+    inputs += [_mask(x, (b, h, m, n)) for x in (p.mask, p.tmask)]
+    return (b, h, hk, m, n, d, e), p.causal, p.scale, torch.get_num_threads(), inputs
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple | None:
+    return None if mask is None else _native.address(mask.expand(shape))
