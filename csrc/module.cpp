@@ -57,6 +57,18 @@ void attention_forward(const Sizes& sizes, bool causal, float scale, int threads
   run(scm::kernels().attention_forward, p);
 }
 
+void attention_backward(const Sizes& sizes, bool causal, float scale, int threads,
+                        const std::vector<Address>& inputs, const std::vector<Address>& saved,
+                        uintptr_t lse, uintptr_t mu, const std::vector<Address>& gradients) {
+  auto p = attention<scm::AttentionBackward>(sizes, causal, scale, threads, inputs);
+  scm::Tensor* from[] = {&p.out, &p.t_out, &p.dout, &p.dt_out};
+  for (size_t i = 0; i < std::size(from); ++i) *from[i] = tensor(saved.at(i));
+  p.lse = reinterpret_cast<const float*>(lse), p.mu = reinterpret_cast<const float*>(mu);
+  scm::Tensor* to[] = {&p.dq, &p.dk, &p.dv, &p.dtq, &p.dtk, &p.dtv, &p.dmask, &p.dtmask};
+  for (size_t i = 0; i < std::size(to); ++i) *to[i] = tensor(gradients.at(i));
+  run(scm::kernels().attention_backward, p);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const scm::Kernels& kernels : scm::available_kernels()) names.push_back(kernels.isa);
@@ -78,4 +90,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return scm::kernels().isa; }, "The one in use.");
   m.def("select_instruction_set", &select_instruction_set, "Use this one from now on.");
   m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

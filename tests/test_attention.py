@@ -101,9 +101,12 @@ STATS = [
 def test_lse_and_mu(backend, case, poisoned):
     inputs = draw(case, device_of(backend))
     with scm_kernels.backend(backend):
-        *_, lse, mu = attention_jvp(
-            *_arguments(inputs), **_masks(inputs), **case.options(), return_stats=True
-        )
+        try:
+            *_, lse, mu = attention_jvp(
+                *_arguments(inputs), **_masks(inputs), **case.options(), return_stats=True
+            )
+        except NotImplementedError as error:
+            pytest.skip(str(error))
     wide = [None if x is None else x.cpu().double() for x in _arguments(inputs)]
     mask, t_mask = (None if x is None else x.cpu() for x in _masks(inputs).values())
     scale = 1 / math.sqrt(case.d)

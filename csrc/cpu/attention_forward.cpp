@@ -247,8 +247,9 @@ class Forward {
       mu[i] = alive ? state_.moment[i] / total + state_.shift[i] : 0.0f;
     }
     for (int64_t i = 0; i < columns_; i += kLanes) normalise(i);
-    store_rows(matrix(p_.out, b, h), row, rows, out_);
-    store_rows(matrix(p_.t_out, b, h), row, rows, tangent_ ? t_out_ : nullptr);
+    store_transposed(matrix(p_.out, b, h), row, rows, p_.e, out_, columns_, 1.0f);
+    store_transposed(matrix(p_.t_out, b, h), row, rows, p_.e, tangent_ ? t_out_ : nullptr, columns_,
+                     1.0f);
   }
 
   // O = acc / l, tO = tacc / l - (mu / l) O of one vector of rows.
@@ -265,31 +266,6 @@ class Forward {
       store(t_out, empty_ ? VecF{} : load<VecF>(t_out) * inverse - mean * x);
     }
   }
-
-  // Rows of `to` from x [e, columns]; zeros where x is absent.
-  void store_rows(const Matrix& to, int64_t row, int64_t rows, const float* x) {
-    for (int64_t i = 0; i < rows; i += kLanes) {
-      for (int64_t e = 0; e < p_.e; e += kLanes) {
-        VecF block[kLanes] = {};
-        const int64_t width = least<int64_t>(kLanes, p_.e - e);
-        for (int64_t r = 0; r < width && x != nullptr; ++r) {
-          block[r] = load<VecF>(x + (e + r) * columns_ + i);
-        }
-        transpose(block);
-        const int64_t count = least<int64_t>(kLanes, rows - i);
-        for (int64_t r = 0; r < count; ++r) {
-          char* at = to.at(row + i + r) + e * size_of(to.type);
-          if (width == kLanes) {
-            store_from_float(at, to.type, block[r]);
-          } else {
-            store_some_from_float(at, to.type, block[r], width, 1);
-          }
-        }
-      }
-    }
-  }
-
-  static const char* bytes(const float* x) { return reinterpret_cast<const char*>(x); }
 
   const AttentionForward& p_;
   Inputs inputs_;

@@ -14,6 +14,8 @@ SCM_INLINE X least(X a, X b) {
   return a < b ? a : b;
 }
 
+SCM_INLINE const char* bytes(const float* x) { return reinterpret_cast<const char*>(x); }
+
 // Elements of four bytes that `width` features make: pairs of bfloat16, or floats.
 template <class Element>
 constexpr int64_t elements(int64_t width) {
@@ -35,8 +37,7 @@ struct Arena {
 // A matrix within a tensor of four dimensions: one (batch, head).
 struct Matrix {
   char* data;
-  int64_t row;  // in bytes
-  int64_t column;
+  int64_t row, column;  // strides in bytes
   Type type;
 
   explicit operator bool() const { return data != nullptr; }
@@ -86,22 +87,28 @@ static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t
   }
 }
 
-// Rows of x as they lie if they are elements already, else converted to `scratch`
-// [rows, round_up(width, kLanes)]; for a sum over the features.
+// to [rows, round_up(elements(width), kLanes)] = rows of x, converted to elements.
+template <class Element>
+static void copy_rows(const Matrix& x, int64_t first, int64_t rows, int64_t width, float* to) {
+  const int64_t padded = round_up(elements<Element>(width), kLanes);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      store(to + i * padded + j,
+            load_elements<Element>(x.at(first + i), x.type, j * Element::kPerElement, width));
+    }
+  }
+}
+
+// Rows of x as they lie if they are elements already, else copied to `scratch`; for a sum over the
+// features.
 template <class Element>
 static Left rows_as_elements(const Matrix& x, int64_t first, int64_t rows, int64_t width,
                              float* scratch) {
   if (!x) return {};
   const bool direct = Element::kPerElement == 2 ? width % 2 == 0 : x.type == Type::kFloat32;
   if (direct) return {x.at(first), x.row, 4};
-  const int64_t height = elements<Element>(width), padded = round_up(height, kLanes);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < height; j += kLanes) {
-      store(scratch + i * padded + j,
-            load_elements<Element>(x.at(first + i), x.type, j * Element::kPerElement, width));
-    }
-  }
-  return {reinterpret_cast<const char*>(scratch), 4 * padded, 4};
+  copy_rows<Element>(x, first, rows, width, scratch);
+  return {bytes(scratch), 4 * round_up(elements<Element>(width), kLanes), 4};
 }
 
 // x transposed, for a sum over its rows; bfloat16 as pairs of consecutive rows.
@@ -133,7 +140,31 @@ static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, in
         store(scratch + i / 2 * padded + j, pair);
       }
     }
-    return {reinterpret_cast<const char*>(scratch), 4, 4 * padded};
+    return {bytes(scratch), 4, 4 * padded};
+  }
+}
+
+// Rows of `to` [rows, width] = factor times x [width, columns] transposed; zeros where x is absent.
+static inline void store_transposed(const Matrix& to, int64_t first, int64_t rows, int64_t width,
+                                    const float* x, int64_t columns, float factor) {
+  const int64_t size = size_of(to.type);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      VecF block[kLanes] = {};
+      const int64_t count = least<int64_t>(kLanes, width - j);
+      for (int64_t r = 0; r < count && x != nullptr; ++r) {
+        block[r] = load<VecF>(x + (j + r) * columns + i) * factor;
+      }
+      transpose(block);
+      for (int64_t r = 0; r < least<int64_t>(kLanes, rows - i); ++r) {
+        char* at = to.at(first + i + r) + j * to.column;
+        if (count == kLanes && to.column == size) {
+          store_from_float(at, to.type, block[r]);
+        } else {
+          store_some_from_float(at, to.type, block[r], count, to.column / size);
+        }
+      }
+    }
   }
 }
 

@@ -39,10 +39,13 @@ struct AttentionForward : Attention {
   float *lse, *mu;    // [b, h, m], contiguous
 };
 
+// dt_out absent: the gradient through out alone, which sees neither tangents, nor t_out, nor mu.
+// An absent gradient is one that nobody asks for.
 struct AttentionBackward : Attention {
-  Tensor out, t_out, dout, dt_out;   // [b, h, m, e]; t_out, mu absent where dt_out is
+  Tensor out, t_out, dout, dt_out;   // [b, h, m, e]
   const float *lse, *mu;             // [b, h, m], contiguous
-  Tensor dq, dk, dv, dtq, dtk, dtv;  // any strides; absent where nobody asks
+  Tensor dq, dk, dv, dtq, dtk, dtv;  // any strides
+  Tensor dmask, dtmask;              // [b, h, m, n] float32, to be added to; stride 0 sums
 };
 
 // f, v, x, j [b, d] with a contiguous last dimension; coefficients [b, 4] contiguous. Symbols and
@@ -69,6 +72,7 @@ enum Status : int { kOk = 0, kOutOfMemory = 1 };
 struct Kernels {
   const char* isa;  // the instruction set
   Status (*attention_forward)(const AttentionForward&);
+  Status (*attention_backward)(const AttentionBackward&);
 };
 
 }  // namespace scm

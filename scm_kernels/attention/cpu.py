@@ -21,8 +21,6 @@ def refuses(problem: Forward | Backward) -> str | None:
         return f"it runs on the CPU, not on {q.device.type}"
     if q.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {q.dtype}"
-    if isinstance(problem, Backward):
-        return "it has no backward yet"
     return None
 
 
@@ -36,6 +34,26 @@ def forward(problem: Forward) -> None:
         p.lse.data_ptr(),
         p.mu.data_ptr(),
     )
+
+
+def backward(problem: Backward) -> None:
+    """The closed form; gradients of masks are summed in float32."""
+    p = problem
+    masks = [
+        None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (p.dmask, p.dtmask)
+    ]
+    shape = (*p.q.shape[:3], p.k.shape[2])
+    gradients = (p.dq, p.dk, p.dv, p.dtq, p.dtk, p.dtv)
+    _native.module().attention_backward(
+        *_arguments(p),
+        [_native.address(x) for x in (p.out, p.t_out, p.dout, p.dt_out)],
+        p.lse.data_ptr(),
+        0 if p.mu is None else p.mu.data_ptr(),
+        [_native.address(x) for x in gradients] + [_mask(x, shape) for x in masks],
+    )
+    for to, total in zip((p.dmask, p.dtmask), masks, strict=True):
+        if to is not None:
+            to.copy_(total)
 
 
 def _arguments(p: Forward | Backward) -> tuple:

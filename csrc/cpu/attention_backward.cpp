@@ -1,0 +1,376 @@
+// The gradient of attention and of its tangent by the closed form of
+// scm_kernels/attention/reference.py, a tile of queries [kRows] and a tile of keys at a time; lse
+// and mu of the forward stand for the softmax. All in float32, as dual products of the same kernel:
+//
+//     S^T, T^T   = [K tK] x [Q^T tQ^T]        B^T, A^T   = [V tV] x [dtO^T dO^T]
+//     P, tP, gT, gS of a tile from S, T, B, A                                       [keys, rows]
+//     dtQ^T, dQ^T += [K^T tK^T] x [gT gS]     dtK, dK += [gT gS] x [Q tQ]
+//                                             dtV, dV += [P tP] x [dtO dO]
+//
+// A job goes over tiles of queries, and for each over the keys: dQ stays in cache, and dK and dV
+// grow in a float32 workspace of the job's own, so that nothing is shared. Where (batch, key head)
+// pairs are fewer than the threads want, the queries of one are split over several jobs, whose
+// parts are summed in order: the result depends on the number of threads, but not on their timing.
+
+#include <cstdlib>
+
+#include "attention_tiles.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace scm {
+namespace SCM_ISA {
+namespace {
+
+constexpr int64_t kRows = 64;
+constexpr int64_t kKeys = 64;
+
+// Sums over the queries, of one part of one (batch, key head): [n, width] each, or absent.
+struct KeySums {
+  float *dk, *dtk, *dv, *dtv;
+};
+
+// How the work is cut. A gradient of a mask that is shared by batches or heads keeps those in one
+// job, one after the other; so is a mask's row that all queries share.
+struct Plan {
+  int64_t batches, heads;  // that one job goes over
+  int64_t parts;           // of the queries
+  int64_t tiles;           // of queries
+  int64_t d, e;            // rounded up to whole vectors
+  int64_t part_floats;     // of one KeySums
+
+  explicit Plan(const AttentionBackward& p) {
+    const bool shared_b =
+        (p.dmask && p.dmask.stride[0] == 0) || (p.dtmask && p.dtmask.stride[0] == 0);
+    const bool shared_h =
+        (p.dmask && p.dmask.stride[1] == 0) || (p.dtmask && p.dtmask.stride[1] == 0);
+    const bool shared_m =
+        (p.dmask && p.dmask.stride[2] == 0) || (p.dtmask && p.dtmask.stride[2] == 0);
+    batches = shared_b ? p.b : 1;
+    heads = shared_h ? p.hk : 1;
+    tiles = (p.m + kRows - 1) / kRows;
+    const int64_t jobs = p.b / batches * (p.hk / heads), wanted = 4 * p.threads;
+    parts =
+        p.threads == 1 || jobs >= wanted || shared_m ? 1 : least((wanted + jobs - 1) / jobs, tiles);
+    d = round_up(p.d, kLanes), e = round_up(p.e, kLanes);
+    part_floats = p.n * (d * (bool(p.dk) + bool(p.dtk)) + e * (bool(p.dv) + bool(p.dtv)));
+  }
+
+  int64_t jobs(const AttentionBackward& p) const { return p.b / batches * (p.hk / heads) * parts; }
+
+  KeySums sums(const AttentionBackward& p, float* workspace, int64_t b, int64_t hk,
+               int64_t part) const {
+    float* next = workspace + ((b * p.hk + hk) * parts + part) * part_floats;
+    const auto take = [&](const Tensor& x, int64_t width) {
+      float* piece = x ? next : nullptr;
+      next += x ? p.n * width : 0;
+      return piece;
+    };
+    KeySums s;
+    s.dk = take(p.dk, d), s.dtk = take(p.dtk, d), s.dv = take(p.dv, e), s.dtv = take(p.dtv, e);
+    return s;
+  }
+};
+
+// c1 += a1 b1 and c2 += a1 b2 + a2 b1, of which either sum may be unwanted.
+void add_product(int64_t rows, int64_t vectors, int64_t steps, const Left& left1, const Left& left2,
+                 const Right& right, float* c1, float* c2, int64_t row) {
+  const auto add = [&](const Left& left, const char* b, float* c) {
+    if (left.data == nullptr || b == nullptr || c == nullptr) return;
+    const Right only{b, b, right.step};
+    const Sum sum{c, c, row, false, nullptr};
+    dual_gemm<Float32, Products::kFirst>(rows, vectors, steps, left, left, only, sum);
+  };
+  if (c1 != nullptr && c2 != nullptr && right.b1 != nullptr) {
+    dual_product<Float32>(rows, vectors, steps, left1, left2, right, {c1, c2, row, false, nullptr});
+  } else {
+    add(left1, right.b1, c1);
+    add(left1, right.b2, c2);
+    add(left2, right.b1, c2);
+  }
+}
+
+class Backward {
+ public:
+  Backward(const AttentionBackward& p, const Plan& plan, Arena arena) : p_(p), plan_(plan) {
+    columns_ = round_up(least(kRows, p.m), kLanes);
+    const int64_t keys = least(kKeys, p.n), tile = keys * columns_;
+    const auto take = [&](bool wanted, int64_t count) {
+      return wanted ? arena.floats(count) : nullptr;
+    };
+    const bool both = bool(p.dt_out);
+    q_ = take(true, p.d * columns_), tq_ = take(bool(p.tq), p.d * columns_);
+    do_ = take(bool(p.dout), p.e * columns_), dto_ = take(both, p.e * columns_);
+    q_rows_ = take(true, columns_ * plan.d), tq_rows_ = take(bool(p.tq), columns_ * plan.d);
+    do_rows_ = take(bool(p.dout), columns_ * plan.e), dto_rows_ = take(both, columns_ * plan.e);
+    k_ = take(true, keys * plan.d), tk_ = take(bool(p.tk), keys * plan.d);
+    v_ = take(true, keys * plan.e), tv_ = take(bool(p.tv), keys * plan.e);
+    p_tile_ = take(true, tile), gs_ = take(true, tile);
+    tp_ = take(both, tile), gt_ = take(both, tile);
+    bias_ = take(p.mask || p.causal, tile), t_bias_ = take(bool(p.tmask), tile);
+    dq_ = take(bool(p.dq), p.d * columns_), dtq_ = take(bool(p.dtq), p.d * columns_);
+    lse_ = take(true, columns_), mu_ = take(true, columns_);
+    beta_ = take(true, columns_), delta_ = take(true, columns_);
+    end_ = arena.next;
+  }
+
+  static size_t scratch_bytes(const AttentionBackward& p, const Plan& plan) {
+    alignas(64) static char base[64];
+    return Backward(p, plan, Arena{base}).end_ - base;
+  }
+
+  // The queries of one part of all heads of a (batch, key head).
+  void run(int64_t b, int64_t hk, int64_t part, const KeySums& sums) {
+    const int64_t first = plan_.tiles * part / plan_.parts;
+    const int64_t last = plan_.tiles * (part + 1) / plan_.parts;
+    const int64_t group = p_.h / p_.hk;
+    sums_ = sums;
+    for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+      inputs_ = {matrix(p_.k, b, hk),  matrix(p_.v, b, hk),   matrix(p_.tk, b, hk),
+                 matrix(p_.tv, b, hk), matrix(p_.mask, b, h), matrix(p_.tmask, b, h)};
+      for (int64_t tile = first; tile < last; ++tile) run_rows(b, h, tile * kRows);
+    }
+  }
+
+ private:
+  struct Inputs {
+    Matrix k, v, tk, tv, mask, tmask;
+  };
+
+  void run_rows(int64_t b, int64_t h, int64_t row) {
+    const int64_t rows = least(kRows, p_.m - row);
+    columns_ = round_up(rows, kLanes);
+    load_rows(b, h, row, rows);
+    statistics(b, h, row, rows);
+    if (dq_) std::memset(dq_, 0, 4 * p_.d * columns_);
+    if (dtq_) std::memset(dtq_, 0, 4 * p_.d * columns_);
+    const int64_t last = p_.causal ? least(p_.n, row + rows) : p_.n;
+    for (int64_t key = 0; key < last; key += kKeys) {
+      const Tile tile{row, rows, key, least(kKeys, last - key), columns_};
+      const Cover cover = mask_tile(inputs_.mask, p_.causal, tile, bias_);
+      if (cover == Cover::kAll) continue;
+      products(tile);
+      gradients(tile, cover);
+      scatter(tile);
+      add_to_mask(matrix(p_.dmask, b, h), tile, gs_);
+      add_to_mask(matrix(p_.dtmask, b, h), tile, gt_);
+    }
+    if (dq_) store_transposed(matrix(p_.dq, b, h), row, rows, p_.d, dq_, columns_, p_.scale);
+    if (dtq_) store_transposed(matrix(p_.dtq, b, h), row, rows, p_.d, dtq_, columns_, p_.scale);
+  }
+
+  // Queries and cotangents, transposed for the scores, and as rows for the sums over queries.
+  void load_rows(int64_t b, int64_t h, int64_t row, int64_t rows) {
+    const auto take = [&](const Tensor& x, int64_t width, float* transposed, float* as_rows) {
+      if (transposed == nullptr) return;
+      const Matrix from = matrix(x, b, h);
+      transpose_rows<Float32>(from, row, rows, width, transposed, columns_);
+      copy_rows<Float32>(from, row, rows, width, as_rows);
+    };
+    take(p_.q, p_.d, q_, q_rows_), take(p_.tq, p_.d, tq_, tq_rows_);
+    take(p_.dout, p_.e, do_, do_rows_), take(p_.dt_out, p_.e, dto_, dto_rows_);
+  }
+
+  // lse, mu, beta, delta of the rows. A row without a live key has lse = -infinity, and P = 0.
+  void statistics(int64_t b, int64_t h, int64_t row, int64_t rows) {
+    const int64_t first = (b * p_.h + h) * p_.m + row;
+    const Matrix out = matrix(p_.out, b, h), t_out = matrix(p_.t_out, b, h);
+    for (int64_t i = 0; i < columns_; ++i) {
+      const bool alive = i < rows && p_.lse[first + i] != -__builtin_inff();
+      lse_[i] = alive ? p_.lse[first + i] : __builtin_inff();
+      mu_[i] = beta_[i] = delta_[i] = 0.0f;
+      if (!alive) continue;
+      if (do_) delta_[i] = dot(do_rows_ + i * plan_.e, out, row + i);
+      if (!dto_) continue;
+      mu_[i] = p_.mu[first + i];
+      beta_[i] = dot(dto_rows_ + i * plan_.e, out, row + i);
+      delta_[i] += dot(dto_rows_ + i * plan_.e, t_out, row + i) - mu_[i] * beta_[i];
+    }
+  }
+
+  float dot(const float* x, const Matrix& y, int64_t row) const {
+    VecF sum{};
+    for (int64_t j = 0; j < p_.e; j += kLanes) {
+      sum += load<VecF>(x + j) * load_elements<Float32>(y.at(row), y.type, j, p_.e);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
+  }
+
+  // S and T, not scaled, to p_tile_ and tp_; B and A to gt_ and gs_.
+  void products(const Tile& tile) {
+    const int64_t vectors = columns_ / kLanes, size = 4 * tile.keys * columns_;
+    k_left_ = rows_as_elements<Float32>(inputs_.k, tile.key, tile.keys, p_.d, k_);
+    tk_left_ = rows_as_elements<Float32>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
+    const Right q{bytes(q_), tq_ ? bytes(tq_) : nullptr, 4 * columns_};
+    const Sum scores{p_tile_, tp_, columns_, true, nullptr};
+    dual_product<Float32>(tile.keys, vectors, p_.d, k_left_, tk_left_, q, scores);
+    if (tp_ && !p_.tq && !p_.tk) std::memset(tp_, 0, size);
+
+    const Left v = rows_as_elements<Float32>(inputs_.v, tile.key, tile.keys, p_.e, v_);
+    const Left tv = rows_as_elements<Float32>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
+    if (dto_) {
+      const Right cotangents{bytes(dto_), do_ ? bytes(do_) : nullptr, 4 * columns_};
+      const Sum sums{gt_, gs_, columns_, true, nullptr};
+      dual_product<Float32>(tile.keys, vectors, p_.e, v, tv, cotangents, sums);
+      if (!do_ && !p_.tv) std::memset(gs_, 0, size);
+    } else {
+      const Right cotangent{bytes(do_), nullptr, 4 * columns_};
+      const Sum sum{gs_, gs_, columns_, true, nullptr};
+      dual_product<Float32>(tile.keys, vectors, p_.e, v, Left{}, cotangent, sum);
+    }
+  }
+
+  void gradients(const Tile& tile, Cover cover) {
+    const bool masked = cover == Cover::kSome || p_.tmask;
+    if (masked && cover == Cover::kNothing) std::memset(bias_, 0, 4 * tile.keys * columns_);
+    if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
+    if (dto_) {
+      masked ? gradients_of<true, true>(tile.keys) : gradients_of<true, false>(tile.keys);
+    } else {
+      masked ? gradients_of<false, true>(tile.keys) : gradients_of<false, false>(tile.keys);
+    }
+  }
+
+  // P, tP, gT, gS in the place of S, T, B, A.
+  template <bool kBoth, bool kMasked>
+  void gradients_of(int64_t keys) {
+    const VecF dead = broadcast(-__builtin_inff());
+    for (int64_t column = 0; column < columns_; column += kLanes) {
+      const VecF lse = load<VecF>(lse_ + column), mu = load<VecF>(mu_ + column);
+      const VecF beta = load<VecF>(beta_ + column), delta = load<VecF>(delta_ + column);
+      for (int64_t key = 0; key < keys; ++key) {
+        const int64_t at = key * columns_ + column;
+        VecF x = load<VecF>(p_tile_ + at) * p_.scale;
+        if constexpr (kMasked) {
+          const VecF bias = load<VecF>(bias_ + at);
+          x = bias == dead ? dead : x + bias;
+        }
+        const VecF p = exp_nonpositive(x - lse);
+        VecF gs = load<VecF>(gs_ + at) - delta;
+        if constexpr (kBoth) {
+          VecF y = load<VecF>(tp_ + at) * p_.scale;
+          if constexpr (kMasked) {
+            if (p_.tmask) y += load<VecF>(t_bias_ + at);
+            y = x == dead ? VecF{} : y;
+          }
+          const VecF b = load<VecF>(gt_ + at);
+          gs += b * (y - mu) - beta * y;
+          store(tp_ + at, p * (y - mu));
+          store(gt_ + at, p * (b - beta));
+        }
+        store(p_tile_ + at, p);
+        store(gs_ + at, p * gs);
+      }
+    }
+  }
+
+  // This tile's part of dq, dk, dv and their tangents'.
+  void scatter(const Tile& tile) {
+    const auto turned = [](const Left& x) { return Left{x.data, x.step, x.row}; };
+    const auto left = [&](const float* x) { return x ? Left{bytes(x), 4 * columns_, 4} : Left{}; };
+    const auto right = [&](const float* b1, const float* b2, int64_t width) {
+      return Right{b1 ? bytes(b1) : nullptr, b2 ? bytes(b2) : nullptr, 4 * width};
+    };
+    const auto rows = [&](float* x, int64_t width) { return x ? x + tile.key * width : nullptr; };
+    const int64_t d = plan_.d, e = plan_.e;
+    add_product(p_.d, columns_ / kLanes, tile.keys, turned(k_left_), turned(tk_left_),
+                right(gt_, gs_, columns_), dtq_, dq_, columns_);
+    add_product(tile.keys, d / kLanes, tile.rows, left(gt_), left(gs_), right(q_rows_, tq_rows_, d),
+                rows(sums_.dtk, d), rows(sums_.dk, d), d);
+    add_product(tile.keys, e / kLanes, tile.rows, left(p_tile_), left(tp_),
+                right(dto_rows_, do_rows_, e), rows(sums_.dtv, e), rows(sums_.dv, e), e);
+  }
+
+  // x [keys, columns] to a gradient of a mask.
+  void add_to_mask(const Matrix& to, const Tile& tile, const float* x) const {
+    if (!to || x == nullptr) return;
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      char* row = to.at(tile.row + i) + tile.key * to.column;
+      for (int64_t key = 0; key < tile.keys; ++key) {
+        *reinterpret_cast<float*>(row + key * to.column) += x[key * columns_ + i];
+      }
+    }
+  }
+
+  const AttentionBackward& p_;
+  const Plan& plan_;
+  Inputs inputs_;
+  KeySums sums_;
+  Left k_left_, tk_left_;
+  int64_t columns_;
+  float *q_, *tq_, *do_, *dto_;                        // [d or e, columns]
+  float *q_rows_, *tq_rows_, *do_rows_, *dto_rows_;    // [columns, d or e]
+  float *k_, *tk_, *v_, *tv_;                          // [keys, d or e], converted
+  float *p_tile_, *tp_, *gt_, *gs_, *bias_, *t_bias_;  // [keys, columns]
+  float *dq_, *dtq_;                                   // [d, columns]
+  float *lse_, *mu_, *beta_, *delta_;                  // [columns]
+  char* end_;
+};
+
+// Rows of a gradient from the parts of its sum, [n, width] each and `stride` apart, in order.
+void store_sum(const Matrix& to, int64_t n, int64_t features, const float* part, int64_t parts,
+               int64_t stride, int64_t width, float factor) {
+  const int64_t size = size_of(to.type);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < features; j += kLanes) {
+      VecF sum = load<VecF>(part + i * width + j);
+      for (int64_t k = 1; k < parts; ++k) sum += load<VecF>(part + k * stride + i * width + j);
+      char* at = to.at(i) + j * to.column;
+      if (j + kLanes <= features && to.column == size) {
+        store_from_float(at, to.type, sum * factor);
+      } else {
+        store_some_from_float(at, to.type, sum * factor, least<int64_t>(kLanes, features - j),
+                              to.column / size);
+      }
+    }
+  }
+}
+
+void store_sums(const AttentionBackward& p, const Plan& plan, float* workspace, int64_t b,
+                int64_t hk) {
+  const KeySums s = plan.sums(p, workspace, b, hk, 0);
+  const auto put = [&](const Tensor& to, const float* from, int64_t features, float factor) {
+    if (!to) return;
+    store_sum(matrix(to, b, hk), p.n, features, from, plan.parts, plan.part_floats,
+              round_up(features, kLanes), factor);
+  };
+  put(p.dk, s.dk, p.d, p.scale), put(p.dtk, s.dtk, p.d, p.scale);
+  put(p.dv, s.dv, p.e, 1.0f), put(p.dtv, s.dtv, p.e, 1.0f);
+}
+
+}  // namespace
+
+Status attention_backward(const AttentionBackward& p) {
+  const Plan plan(p);
+  const int64_t floats = p.b * p.hk * plan.parts * plan.part_floats;
+  float* workspace = static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats + 1, 64)));
+  if (workspace == nullptr) return kOutOfMemory;
+  const size_t bytes = Backward::scratch_bytes(p, plan);
+  const auto job = [&](int64_t item, char* scratch) {
+    Backward backward(p, plan, Arena{scratch});
+    const int64_t part = item % plan.parts, groups = p.hk / plan.heads;
+    const int64_t b0 = item / plan.parts / groups * plan.batches;
+    const int64_t h0 = item / plan.parts % groups * plan.heads;
+    for (int64_t b = b0; b < b0 + plan.batches; ++b) {
+      for (int64_t hk = h0; hk < h0 + plan.heads; ++hk) {
+        const KeySums sums = plan.sums(p, workspace, b, hk, part);
+        std::memset(workspace + ((b * p.hk + hk) * plan.parts + part) * plan.part_floats, 0,
+                    4 * plan.part_floats);
+        backward.run(b, hk, part, sums);
+      }
+    }
+  };
+  Status status = parallel_for(plan.jobs(p), p.threads, bytes, job);
+  if (status == kOk) {
+    status = parallel_for(p.b * p.hk, p.threads, 0, [&](int64_t item, char*) {
+      store_sums(p, plan, workspace, item / p.hk, item % p.hk);
+    });
+  }
+  std::free(workspace);
+  return status;
+}
+
+}  // namespace SCM_ISA
+}  // namespace scm
