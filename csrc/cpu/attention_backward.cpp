@@ -73,16 +73,17 @@ struct Plan {
 };
 
 // c1 += a1 b1 and c2 += a1 b2 + a2 b1, of which either sum may be unwanted.
+template <class Element>
 void add_product(int64_t rows, int64_t vectors, int64_t steps, const Left& left1, const Left& left2,
                  const Right& right, float* c1, float* c2, int64_t row) {
   const auto add = [&](const Left& left, const char* b, float* c) {
     if (left.data == nullptr || b == nullptr || c == nullptr) return;
     const Right only{b, b, right.step};
     const Sum sum{c, c, row, false, nullptr};
-    dual_gemm<Float32, Products::kFirst>(rows, vectors, steps, left, left, only, sum);
+    dual_gemm<Element, Products::kFirst>(rows, vectors, steps, left, left, only, sum);
   };
   if (c1 != nullptr && c2 != nullptr && right.b1 != nullptr) {
-    dual_product<Float32>(rows, vectors, steps, left1, left2, right, {c1, c2, row, false, nullptr});
+    dual_product<Element>(rows, vectors, steps, left1, left2, right, {c1, c2, row, false, nullptr});
   } else {
     add(left1, right.b1, c1);
     add(left1, right.b2, c2);
@@ -90,23 +91,27 @@ void add_product(int64_t rows, int64_t vectors, int64_t steps, const Left& left1
   }
 }
 
+template <class Element>
 class Backward {
  public:
   Backward(const AttentionBackward& p, const Plan& plan, Arena arena) : p_(p), plan_(plan) {
-    columns_ = round_up(least(kRows, p.m), kLanes);
-    const int64_t keys = least(kKeys, p.n), tile = keys * columns_;
-    const auto take = [&](bool wanted, int64_t count) {
-      return wanted ? arena.floats(count) : nullptr;
+    const auto take = [&](bool wanted, int64_t floats) {
+      return wanted ? arena.floats(floats) : nullptr;
     };
-    const bool both = bool(p.dt_out);
+    columns_ = round_up(least(kRows, p.m), kLanes);
+    const int64_t keys = round_up(least(kKeys, p.n), 2), tile = keys * columns_;
+    const bool both = bool(p.dt_out), pairs = Element::kPerElement == 2;
     q_ = take(true, p.d * columns_), tq_ = take(bool(p.tq), p.d * columns_);
     do_ = take(bool(p.dout), p.e * columns_), dto_ = take(both, p.e * columns_);
     q_rows_ = take(true, columns_ * plan.d), tq_rows_ = take(bool(p.tq), columns_ * plan.d);
     do_rows_ = take(bool(p.dout), columns_ * plan.e), dto_rows_ = take(both, columns_ * plan.e);
     k_ = take(true, keys * plan.d), tk_ = take(bool(p.tk), keys * plan.d);
     v_ = take(true, keys * plan.e), tv_ = take(bool(p.tv), keys * plan.e);
-    p_tile_ = take(true, tile), gs_ = take(true, tile);
-    tp_ = take(both, tile), gt_ = take(both, tile);
+    s_ = take(true, tile), t_ = take(both, tile), b_ = take(both, tile), a_ = take(true, tile);
+    p_tile_ = {pairs ? take(true, tile / 2) : s_, nullptr};
+    tp_ = {pairs ? take(both, tile / 2) : t_, nullptr};
+    gt_ = {pairs ? take(both, tile / 2) : b_, pairs ? take(both, tile / 2) : b_};
+    gs_ = {pairs ? take(true, tile / 2) : a_, pairs ? take(true, tile / 2) : a_};
     bias_ = take(p.mask || p.causal, tile), t_bias_ = take(bool(p.tmask), tile);
     dq_ = take(bool(p.dq), p.d * columns_), dtq_ = take(bool(p.dtq), p.d * columns_);
     lse_ = take(true, columns_), mu_ = take(true, columns_);
@@ -137,6 +142,12 @@ class Backward {
     Matrix k, v, tk, tv, mask, tmask;
   };
 
+  // What the scores become, as the elements of sums over the queries [keys, columns] and of sums
+  // over the keys; for float32 both are one, in the scores' own place.
+  struct TileOfElements {
+    float *rows, *pairs;
+  };
+
   void run_rows(int64_t b, int64_t h, int64_t row) {
     const int64_t rows = least(kRows, p_.m - row);
     columns_ = round_up(rows, kLanes);
@@ -152,20 +163,24 @@ class Backward {
       products(tile);
       gradients(tile, cover);
       scatter(tile);
-      add_to_mask(matrix(p_.dmask, b, h), tile, gs_);
-      add_to_mask(matrix(p_.dtmask, b, h), tile, gt_);
+      add_to_mask(matrix(p_.dmask, b, h), tile, a_);
+      add_to_mask(matrix(p_.dtmask, b, h), tile, b_);
     }
     if (dq_) store_transposed(matrix(p_.dq, b, h), row, rows, p_.d, dq_, columns_, p_.scale);
     if (dtq_) store_transposed(matrix(p_.dtq, b, h), row, rows, p_.d, dtq_, columns_, p_.scale);
   }
 
-  // Queries and cotangents, transposed for the scores, and as rows for the sums over queries.
+  // Queries and cotangents: transposed for the scores, and as they are for sums over the queries.
   void load_rows(int64_t b, int64_t h, int64_t row, int64_t rows) {
     const auto take = [&](const Tensor& x, int64_t width, float* transposed, float* as_rows) {
       if (transposed == nullptr) return;
       const Matrix from = matrix(x, b, h);
-      transpose_rows<Float32>(from, row, rows, width, transposed, columns_);
-      copy_rows<Float32>(from, row, rows, width, as_rows);
+      transpose_rows<Element>(from, row, rows, width, transposed, columns_);
+      if constexpr (Element::kPerElement == 1) {
+        copy_rows<Element>(from, row, rows, width, as_rows);
+      } else {
+        columns_as_elements<Element>(from, row, rows, width, as_rows);
+      }
     };
     take(p_.q, p_.d, q_, q_rows_), take(p_.tq, p_.d, tq_, tq_rows_);
     take(p_.dout, p_.e, do_, do_rows_), take(p_.dt_out, p_.e, dto_, dto_rows_);
@@ -175,50 +190,53 @@ class Backward {
   void statistics(int64_t b, int64_t h, int64_t row, int64_t rows) {
     const int64_t first = (b * p_.h + h) * p_.m + row;
     const Matrix out = matrix(p_.out, b, h), t_out = matrix(p_.t_out, b, h);
+    const Matrix dout = matrix(p_.dout, b, h), dt_out = matrix(p_.dt_out, b, h);
     for (int64_t i = 0; i < columns_; ++i) {
       const bool alive = i < rows && p_.lse[first + i] != -__builtin_inff();
       lse_[i] = alive ? p_.lse[first + i] : __builtin_inff();
       mu_[i] = beta_[i] = delta_[i] = 0.0f;
       if (!alive) continue;
-      if (do_) delta_[i] = dot(do_rows_ + i * plan_.e, out, row + i);
-      if (!dto_) continue;
+      if (dout) delta_[i] = dot(dout, out, row + i);
+      if (!dt_out) continue;
       mu_[i] = p_.mu[first + i];
-      beta_[i] = dot(dto_rows_ + i * plan_.e, out, row + i);
-      delta_[i] += dot(dto_rows_ + i * plan_.e, t_out, row + i) - mu_[i] * beta_[i];
+      beta_[i] = dot(dt_out, out, row + i);
+      delta_[i] += dot(dt_out, t_out, row + i) - mu_[i] * beta_[i];
     }
   }
 
-  float dot(const float* x, const Matrix& y, int64_t row) const {
+  float dot(const Matrix& x, const Matrix& y, int64_t row) const {
     VecF sum{};
     for (int64_t j = 0; j < p_.e; j += kLanes) {
-      sum += load<VecF>(x + j) * load_elements<Float32>(y.at(row), y.type, j, p_.e);
+      sum += load_elements<Float32>(x.at(row), x.type, j, p_.e) *
+             load_elements<Float32>(y.at(row), y.type, j, p_.e);
     }
     float total = 0.0f;
     for (int i = 0; i < kLanes; ++i) total += sum[i];
     return total;
   }
 
-  // S and T, not scaled, to p_tile_ and tp_; B and A to gt_ and gs_.
+  // S and T, not scaled, to s_ and t_; B and A to b_ and a_.
   void products(const Tile& tile) {
     const int64_t vectors = columns_ / kLanes, size = 4 * tile.keys * columns_;
-    k_left_ = rows_as_elements<Float32>(inputs_.k, tile.key, tile.keys, p_.d, k_);
-    tk_left_ = rows_as_elements<Float32>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
-    const Right q{bytes(q_), tq_ ? bytes(tq_) : nullptr, 4 * columns_};
-    const Sum scores{p_tile_, tp_, columns_, true, nullptr};
-    dual_product<Float32>(tile.keys, vectors, p_.d, k_left_, tk_left_, q, scores);
-    if (tp_ && !p_.tq && !p_.tk) std::memset(tp_, 0, size);
+    const int64_t d = elements<Element>(p_.d), e = elements<Element>(p_.e);
+    const Left k = rows_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
+    const Left tk = rows_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
+    const Right q{bytes(q_), dto_ && tq_ ? bytes(tq_) : nullptr, 4 * columns_};
+    const Sum scores{s_, t_, columns_, true, nullptr};
+    dual_product<Element>(tile.keys, vectors, d, k, tk, q, scores);
+    if (t_ && !p_.tq && !p_.tk) std::memset(t_, 0, size);
 
-    const Left v = rows_as_elements<Float32>(inputs_.v, tile.key, tile.keys, p_.e, v_);
-    const Left tv = rows_as_elements<Float32>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
+    const Left v = rows_as_elements<Element>(inputs_.v, tile.key, tile.keys, p_.e, v_);
+    const Left tv = rows_as_elements<Element>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
     if (dto_) {
       const Right cotangents{bytes(dto_), do_ ? bytes(do_) : nullptr, 4 * columns_};
-      const Sum sums{gt_, gs_, columns_, true, nullptr};
-      dual_product<Float32>(tile.keys, vectors, p_.e, v, tv, cotangents, sums);
-      if (!do_ && !p_.tv) std::memset(gs_, 0, size);
+      const Sum sums{b_, a_, columns_, true, nullptr};
+      dual_product<Element>(tile.keys, vectors, e, v, tv, cotangents, sums);
+      if (!do_ && !p_.tv) std::memset(a_, 0, size);
     } else {
       const Right cotangent{bytes(do_), nullptr, 4 * columns_};
-      const Sum sum{gs_, gs_, columns_, true, nullptr};
-      dual_product<Float32>(tile.keys, vectors, p_.e, v, Left{}, cotangent, sum);
+      const Sum sum{a_, a_, columns_, true, nullptr};
+      dual_product<Element>(tile.keys, vectors, e, v, Left{}, cotangent, sum);
     }
   }
 
@@ -226,66 +244,101 @@ class Backward {
     const bool masked = cover == Cover::kSome || p_.tmask;
     if (masked && cover == Cover::kNothing) std::memset(bias_, 0, 4 * tile.keys * columns_);
     if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
-    if (dto_) {
-      masked ? gradients_of<true, true>(tile.keys) : gradients_of<true, false>(tile.keys);
-    } else {
-      masked ? gradients_of<false, true>(tile.keys) : gradients_of<false, false>(tile.keys);
+    for (int64_t column = 0; column < columns_; column += kLanes) {
+      if (dto_) {
+        masked ? gradients_of<true, true>(tile.keys, column)
+               : gradients_of<true, false>(tile.keys, column);
+      } else {
+        masked ? gradients_of<false, true>(tile.keys, column)
+               : gradients_of<false, false>(tile.keys, column);
+      }
     }
   }
 
-  // P, tP, gT, gS in the place of S, T, B, A.
+  // P, tP, gT, gS of one vector of rows, from S, T, B, A.
   template <bool kBoth, bool kMasked>
-  void gradients_of(int64_t keys) {
+  void gradients_of(int64_t keys, int64_t column) {
     const VecF dead = broadcast(-__builtin_inff());
-    for (int64_t column = 0; column < columns_; column += kLanes) {
-      const VecF lse = load<VecF>(lse_ + column), mu = load<VecF>(mu_ + column);
-      const VecF beta = load<VecF>(beta_ + column), delta = load<VecF>(delta_ + column);
-      for (int64_t key = 0; key < keys; ++key) {
-        const int64_t at = key * columns_ + column;
-        VecF x = load<VecF>(p_tile_ + at) * p_.scale;
+    const VecF lse = load<VecF>(lse_ + column), mu = load<VecF>(mu_ + column);
+    const VecF beta = load<VecF>(beta_ + column), delta = load<VecF>(delta_ + column);
+    for (int64_t key = 0; key < keys; key += Element::kPerElement) {
+      VecF p[2] = {}, tp[2] = {}, gt[2] = {}, gs[2] = {};
+      SCM_UNROLL
+      for (int i = 0; i < Element::kPerElement; ++i) {
+        if (key + i >= keys) break;
+        const int64_t at = (key + i) * columns_ + column;
+        VecF x = load<VecF>(s_ + at) * p_.scale;
         if constexpr (kMasked) {
           const VecF bias = load<VecF>(bias_ + at);
           x = bias == dead ? dead : x + bias;
         }
-        const VecF p = exp_nonpositive(x - lse);
-        VecF gs = load<VecF>(gs_ + at) - delta;
+        p[i] = exp_nonpositive(x - lse);
+        VecF gradient = load<VecF>(a_ + at) - delta;
         if constexpr (kBoth) {
-          VecF y = load<VecF>(tp_ + at) * p_.scale;
+          VecF y = load<VecF>(t_ + at) * p_.scale;
           if constexpr (kMasked) {
             if (p_.tmask) y += load<VecF>(t_bias_ + at);
             y = x == dead ? VecF{} : y;
           }
-          const VecF b = load<VecF>(gt_ + at);
-          gs += b * (y - mu) - beta * y;
-          store(tp_ + at, p * (y - mu));
-          store(gt_ + at, p * (b - beta));
+          const VecF b = load<VecF>(b_ + at);
+          gradient += b * (y - mu) - beta * y;
+          tp[i] = p[i] * (y - mu);
+          gt[i] = p[i] * (b - beta);
+          if (p_.dtmask) store(b_ + at, gt[i]);
         }
-        store(p_tile_ + at, p);
-        store(gs_ + at, p * gs);
+        gs[i] = p[i] * gradient;
+        if (p_.dmask) store(a_ + at, gs[i]);
       }
+      put(p, key, column, p_tile_, columns_);
+      put(gs, key, column, gs_, columns_);
+      if constexpr (kBoth) {
+        put(tp, key, column, tp_, columns_);
+        put(gt, key, column, gt_, columns_);
+      }
+    }
+  }
+
+  // x of one key, or of two as bfloat16.
+  SCM_INLINE void put(const VecF (&x)[2], int64_t key, int64_t column, const TileOfElements& to,
+                      int64_t columns) {
+    if constexpr (Element::kPerElement == 1) {
+      store(to.rows + key * columns + column, x[0]);
+    } else {
+      const auto halves = Element::round(x[0], x[1]);
+      char* at = reinterpret_cast<char*>(to.rows) + 2 * (key * columns + column);
+      std::memcpy(at, &halves, 2 * kLanes);
+      std::memcpy(at + 2 * columns, reinterpret_cast<const char*>(&halves) + 2 * kLanes,
+                  2 * kLanes);
+      if (to.pairs) store(to.pairs + key / 2 * columns + column, Element::pairs(halves));
     }
   }
 
   // This tile's part of dq, dk, dv and their tangents'.
   void scatter(const Tile& tile) {
-    const auto turned = [](const Left& x) { return Left{x.data, x.step, x.row}; };
-    const auto left = [&](const float* x) { return x ? Left{bytes(x), 4 * columns_, 4} : Left{}; };
+    const int64_t d = plan_.d, e = plan_.e, vectors = columns_ / kLanes;
+    const int64_t keys = elements<Element>(tile.keys), rows = elements<Element>(tile.rows);
+    const auto left = [&](const TileOfElements& x) {
+      return x.rows ? Left{bytes(x.rows), 4 * columns_ / Element::kPerElement, 4} : Left{};
+    };
     const auto right = [&](const float* b1, const float* b2, int64_t width) {
       return Right{b1 ? bytes(b1) : nullptr, b2 ? bytes(b2) : nullptr, 4 * width};
     };
-    const auto rows = [&](float* x, int64_t width) { return x ? x + tile.key * width : nullptr; };
-    const int64_t d = plan_.d, e = plan_.e;
-    add_product(p_.d, columns_ / kLanes, tile.keys, turned(k_left_), turned(tk_left_),
-                right(gt_, gs_, columns_), dtq_, dq_, columns_);
-    add_product(tile.keys, d / kLanes, tile.rows, left(gt_), left(gs_), right(q_rows_, tq_rows_, d),
-                rows(sums_.dtk, d), rows(sums_.dk, d), d);
-    add_product(tile.keys, e / kLanes, tile.rows, left(p_tile_), left(tp_),
-                right(dto_rows_, do_rows_, e), rows(sums_.dtv, e), rows(sums_.dv, e), e);
+    const auto sum = [&](float* x, int64_t width) { return x ? x + tile.key * width : nullptr; };
+    if (dq_ || dtq_) {
+      const Left k = columns_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
+      const Left tk = columns_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
+      add_product<Element>(p_.d, vectors, keys, k, tk, right(gt_.pairs, gs_.pairs, columns_), dtq_,
+                           dq_, columns_);
+    }
+    add_product<Element>(tile.keys, d / kLanes, rows, left(gt_), left(gs_),
+                         right(q_rows_, tq_rows_, d), sum(sums_.dtk, d), sum(sums_.dk, d), d);
+    add_product<Element>(tile.keys, e / kLanes, rows, left(p_tile_), left(tp_),
+                         right(dto_rows_, do_rows_, e), sum(sums_.dtv, e), sum(sums_.dv, e), e);
   }
 
   // x [keys, columns] to a gradient of a mask.
   void add_to_mask(const Matrix& to, const Tile& tile, const float* x) const {
-    if (!to || x == nullptr) return;
+    if (!to) return;
     for (int64_t i = 0; i < tile.rows; ++i) {
       char* row = to.at(tile.row + i) + tile.key * to.column;
       for (int64_t key = 0; key < tile.keys; ++key) {
@@ -298,14 +351,14 @@ class Backward {
   const Plan& plan_;
   Inputs inputs_;
   KeySums sums_;
-  Left k_left_, tk_left_;
   int64_t columns_;
-  float *q_, *tq_, *do_, *dto_;                        // [d or e, columns]
-  float *q_rows_, *tq_rows_, *do_rows_, *dto_rows_;    // [columns, d or e]
-  float *k_, *tk_, *v_, *tv_;                          // [keys, d or e], converted
-  float *p_tile_, *tp_, *gt_, *gs_, *bias_, *t_bias_;  // [keys, columns]
-  float *dq_, *dtq_;                                   // [d, columns]
-  float *lse_, *mu_, *beta_, *delta_;                  // [columns]
+  float *q_, *tq_, *do_, *dto_;                      // [d or e, columns]
+  float *q_rows_, *tq_rows_, *do_rows_, *dto_rows_;  // [columns, d or e]
+  float *k_, *tk_, *v_, *tv_;                        // [keys, d or e], converted
+  float *s_, *t_, *b_, *a_, *bias_, *t_bias_;        // [keys, columns]
+  TileOfElements p_tile_, tp_, gt_, gs_;
+  float *dq_, *dtq_;                   // [d, columns]
+  float *lse_, *mu_, *beta_, *delta_;  // [columns]
   char* end_;
 };
 
@@ -340,16 +393,15 @@ void store_sums(const AttentionBackward& p, const Plan& plan, float* workspace, 
   put(p.dv, s.dv, p.e, 1.0f), put(p.dtv, s.dtv, p.e, 1.0f);
 }
 
-}  // namespace
-
-Status attention_backward(const AttentionBackward& p) {
+template <class Element>
+Status run(const AttentionBackward& p) {
   const Plan plan(p);
   const int64_t floats = p.b * p.hk * plan.parts * plan.part_floats;
   float* workspace = static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats + 1, 64)));
   if (workspace == nullptr) return kOutOfMemory;
-  const size_t bytes = Backward::scratch_bytes(p, plan);
+  const size_t bytes = Backward<Element>::scratch_bytes(p, plan);
   const auto job = [&](int64_t item, char* scratch) {
-    Backward backward(p, plan, Arena{scratch});
+    Backward<Element> backward(p, plan, Arena{scratch});
     const int64_t part = item % plan.parts, groups = p.hk / plan.heads;
     const int64_t b0 = item / plan.parts / groups * plan.batches;
     const int64_t h0 = item / plan.parts % groups * plan.heads;
@@ -370,6 +422,15 @@ Status attention_backward(const AttentionBackward& p) {
   }
   std::free(workspace);
   return status;
+}
+
+}  // namespace
+
+Status attention_backward(const AttentionBackward& p) {
+#if defined(__AVX512BF16__)
+  if (p.q.type == Type::kBFloat16) return run<BFloat16Pair>(p);
+#endif
+  return run<Float32>(p);
 }
 
 }  // namespace SCM_ISA

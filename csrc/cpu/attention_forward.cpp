@@ -196,9 +196,9 @@ class Forward {
     if constexpr (Element::kPerElement == 1) {
       store(to, x[0]);
     } else {
-      const VecU low = to_bf16(x[0]), high = to_bf16(x[1]);
-      *sum += from_bf16(low) + from_bf16(high);
-      store(to, low | high << 16);
+      const VecU pairs = Element::pairs(Element::round(x[0], x[1]));
+      *sum += (VecF)(pairs << 16) + (VecF)(pairs & 0xffff0000);
+      store(to, pairs);
     }
   }
 

@@ -41,6 +41,17 @@ struct BFloat16Pair {
   SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) {
     return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
+
+  // Two vectors rounded to bfloat16, as they are and as pairs with `low` in the lower halves.
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  SCM_INLINE Halves round(VecF low, VecF high) {
+    return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  SCM_INLINE VecU pairs(Halves x) {
+    return (VecU)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                         23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                         15, 31);
+  }
 };
 #endif
 
