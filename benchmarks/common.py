@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 
 
-def interleaved(providers: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict]:
+def interleaved(
+    providers: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict]:
     """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike."""
     times = {name: [] for name in providers}
     for run in providers.values():
         run()
     for _ in range(repeats):
         for name, run in providers.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: _quantiles(values) for name, values in times.items()}
 
 
@@ -65,4 +69,6 @@ def report(title: str, rows: list[dict], json_path: str | None) -> None:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -65,26 +65,29 @@ def requested() -> str:
     return _forced.get()
 
 
-def is_forced_to(name: str, request: str) -> bool:
-    """Whether `request` (of `requested()`), or else the environment, names this backend."""
-    return _resolve(request) == name
-
-
 def run(op: str, step: str, problem: object, request: str) -> None:
     """Run one step of an op on the backend that `request` names, or on the first to take it."""
+    module, _ = choose(op, step, problem, request)
+    getattr(module, step)(problem)
+
+
+def choose(op: str, step: str, problem: object, request: str) -> tuple[ModuleType, bool]:
+    """The backend that runs this, and whether it is forced.
+
+    `request` is what `requested()` gave; where that is "", the environment decides.
+    """
     name = _resolve(request)
     if name == AUTO:
-        chosen, _ = _first_that_takes(op, problem)
-    else:
-        chosen, reason = _implementation(op, name)
-        reason = reason or chosen.refuses(problem)
-        if reason is not None:
-            _, other = _first_that_takes(op, problem)
-            raise NotImplementedError(
-                f"backend {name!r} was forced, but it does not take this {op} {step}: {reason}. "
-                f'Backend {other!r} takes it: force that one, or leave the choice to "auto".'
-            )
-    getattr(chosen, step)(problem)
+        return _first_that_takes(op, problem)[0], False
+    chosen, reason = _implementation(op, name)
+    reason = reason or chosen.refuses(problem)
+    if reason is not None:
+        _, other = _first_that_takes(op, problem)
+        raise NotImplementedError(
+            f"backend {name!r} was forced, but it does not take this {op} {step}: {reason}. "
+            f'Backend {other!r} takes it: force that one, or leave the choice to "auto".'
+        )
+    return chosen, True
 
 
 def _first_that_takes(op: str, problem: object) -> tuple[ModuleType, str]:

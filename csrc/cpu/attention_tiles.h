@@ -125,19 +125,15 @@ static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, in
       const char* even = x.at(first + i);
       const char* odd = x.at(first + i + 1);
       for (int64_t j = 0; j < width; j += kLanes) {
-        VecU pair;
+        VecH upper{}, lower{};
         if (j + kLanes <= width && i + 1 < rows) {
-          pair = __builtin_convertvector(load<VecH>(even + 2 * j), VecU) |
-                 __builtin_convertvector(load<VecH>(odd + 2 * j), VecU) << 16;
+          upper = load<VecH>(even + 2 * j), lower = load<VecH>(odd + 2 * j);
         } else {
-          alignas(64) char buffer[4 * kLanes] = {};
-          for (int64_t c = j; c < least<int64_t>(width, j + kLanes); ++c) {
-            std::memcpy(buffer + 4 * (c - j), even + 2 * c, 2);
-            if (i + 1 < rows) std::memcpy(buffer + 4 * (c - j) + 2, odd + 2 * c, 2);
-          }
-          pair = load<VecU>(buffer);
+          const int64_t size = 2 * least<int64_t>(kLanes, width - j);
+          std::memcpy(&upper, even + 2 * j, size);
+          if (i + 1 < rows) std::memcpy(&lower, odd + 2 * j, size);
         }
-        store(scratch + i / 2 * padded + j, pair);
+        store(scratch + i / 2 * padded + j, Element::pairs(Element::join(upper, lower)));
       }
     }
     return {bytes(scratch), 4, 4 * padded};

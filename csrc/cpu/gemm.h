@@ -47,6 +47,10 @@ struct BFloat16Pair {
   SCM_INLINE Halves round(VecF low, VecF high) {
     return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
+  SCM_INLINE Halves join(VecH low, VecH high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
   SCM_INLINE VecU pairs(Halves x) {
     return (VecU)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
                                          23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
@@ -70,8 +74,8 @@ struct Right {
   int64_t step;  // in bytes
 };
 
-// c1, c2 [rows, columns] float32. Before the sum c is taken as zero, as it is, or (`rescale`, a
-// factor for each column) scaled.
+// c1, c2 [rows, columns] float32. The sum is added to zero, to what is there, or to that scaled by
+// `rescale`, a factor for each column: once, at the end, so that a long sum is one of short ones.
 struct Sum {
   float *c1, *c2;
   int64_t row;  // in elements
@@ -81,21 +85,12 @@ struct Sum {
 
 template <class Element, Products kProducts, int kRows, int kCols>
 static void register_tile(int64_t steps, const Left& left1, const Left& left2, const Right& right,
-                          const Sum& sum) {
+                          const Sum& to) {
+  const Sum sum = to;  // a copy, which no store through its pointers can change
   using Vec = typename Element::Vec;
   constexpr bool kSecond = kProducts != Products::kFirst;
   constexpr bool kDual = kProducts == Products::kDual;
-  VecF c1[kRows][kCols], c2[kRows][kCols];
-  SCM_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    SCM_UNROLL
-    for (int j = 0; j < kCols; ++j) {
-      const int64_t at = i * sum.row + j * kLanes;
-      const VecF factor = sum.rescale ? load<VecF>(sum.rescale + j * kLanes) : broadcast(1.0f);
-      c1[i][j] = sum.zero ? VecF{} : load<VecF>(sum.c1 + at) * factor;
-      if constexpr (kSecond) c2[i][j] = sum.zero ? VecF{} : load<VecF>(sum.c2 + at) * factor;
-    }
-  }
+  VecF c1[kRows][kCols] = {}, c2[kRows][kCols] = {};
   const char *a1 = left1.data, *a2 = left2.data, *b1 = right.b1, *b2 = right.b2;
   for (int64_t step = 0; step < steps; ++step) {
     Vec x[kCols], y[kCols];
@@ -127,9 +122,15 @@ static void register_tile(int64_t steps, const Left& left1, const Left& left2, c
   for (int i = 0; i < kRows; ++i) {
     SCM_UNROLL
     for (int j = 0; j < kCols; ++j) {
-      const int64_t at = i * sum.row + j * kLanes;
-      store(sum.c1 + at, c1[i][j]);
-      if constexpr (kSecond) store(sum.c2 + at, c2[i][j]);
+      float* first = sum.c1 + i * sum.row + j * kLanes;
+      float* second = sum.c2 + i * sum.row + j * kLanes;
+      if (!sum.zero) {
+        const VecF factor = sum.rescale ? load<VecF>(sum.rescale + j * kLanes) : broadcast(1.0f);
+        c1[i][j] += load<VecF>(first) * factor;
+        if constexpr (kSecond) c2[i][j] += load<VecF>(second) * factor;
+      }
+      store(first, c1[i][j]);
+      if constexpr (kSecond) store(second, c2[i][j]);
     }
   }
 }

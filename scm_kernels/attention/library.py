@@ -186,10 +186,10 @@ def _backward(dout, dt_out, *args):
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
-    if not _backends.is_forced_to("reference", backend) and torch_flash.refuses(problem) is None:
-        torch_flash.backward(problem)
-    else:
-        _backends.run("attention", "backward", problem, backend)
+    chosen, forced = _backends.choose("attention", "backward", problem, backend)
+    if chosen is reference and not forced and torch_flash.refuses(problem) is None:
+        chosen = torch_flash
+    chosen.backward(problem)
     return [x for x in gradients if x is not None]
 
 

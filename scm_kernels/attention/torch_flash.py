@@ -1,4 +1,8 @@
-"""The gradient through `out` alone, by PyTorch's own flash backward from out and lse."""
+"""The gradient through `out` alone, by PyTorch's own flash backward from out and lse.
+
+It stands in for the reference where no backend of ours has kernels: it is slower than those of
+`cpu.py`.
+"""
 
 import math
 
