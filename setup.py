@@ -29,7 +29,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 SOURCES = Path("csrc")
-KERNELS = ("attention_forward",)  # csrc/cpu/<kernel>.cpp, once for each instruction set
+KERNELS = ("attention_forward", "tangent")  # csrc/cpu/<kernel>.cpp, once for each instruction set
 SHARED = ("module", "cpu/dispatch", "cpu/parallel")
 
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"

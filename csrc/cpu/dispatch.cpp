@@ -7,6 +7,9 @@
 #define SCM_DECLARE(isa)                             \
   namespace isa {                                    \
   Status attention_forward(const AttentionForward&); \
+  Status tangent_norm(const TangentNorm&);           \
+  Status tangent_apply(const TangentApply&);         \
+  Status tangent_normalize(const TangentNormalize&); \
   }
 
 namespace scm {
@@ -33,7 +36,8 @@ std::atomic<size_t> selected{0};
 }  // namespace
 
 const std::vector<Kernels>& available_kernels() {
-#define SCM_ENTRY(isa) {#isa, isa::attention_forward},
+#define SCM_ENTRY(isa) \
+  {#isa, isa::attention_forward, isa::tangent_norm, isa::tangent_apply, isa::tangent_normalize},
   static const std::vector<Kernels> available = [] {
     const Kernels built[] = {SCM_ISAS(SCM_ENTRY)};
     std::vector<Kernels> list;

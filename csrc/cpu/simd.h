@@ -36,6 +36,7 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef double VecD __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 of them
 
 template <class Vec>
 SCM_INLINE Vec load(const void* from) {
@@ -156,6 +157,32 @@ static inline void store_some_from_float(char* to, Type type, VecF x, int64_t co
   store_from_float(buffer, type, x);
   for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * step * size, buffer + i * size, size);
 }
+
+// --- float64 ------------------------------------------------------------------------------------
+
+// The lower and the upper half of x as float64.
+#if defined(__AVX512F__)
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), VecD);
+}
+#elif defined(__AVX__)
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), VecD);
+}
+#else
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), VecD);
+}
+#endif
 
 // --- transposition ------------------------------------------------------------------------------
 
