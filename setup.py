@@ -30,7 +30,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 SOURCES = Path("csrc")
 KERNELS = ("attention_forward", "tangent")  # csrc/cpu/<kernel>.cpp, once for each instruction set
-SHARED = ("module", "cpu/dispatch", "cpu/parallel")
+SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel")
 
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
 # Best first. "baseline" is what the compiler assumes: SSE2 on x86-64, NEON on AArch64.

@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -152,6 +153,7 @@ Status norm(const TangentNorm& p) {
 
 template <Type kType>
 Status apply(const TangentApply& p) {
+  expect_writes(p.out, p.b * p.d * kSize<kType>);
   const Grid grid(p);
   return parallel_for(grid.items, p.threads, 0, [&](int64_t item, char*) {
     const Work work = grid[item];
@@ -231,6 +233,7 @@ Status normalize_twice(const TangentNormalize& p) {
 
 template <Type kType>
 Status normalize(const TangentNormalize& p) {
+  expect_writes(p.out, p.b * p.d * kSize<kType>);
   const bool shared = p.b < p.threads && p.d > kChunk;  // a sample is for several threads
   return shared || p.d > kKept ? normalize_twice<kType>(p) : normalize_kept<kType>(p);
 }
