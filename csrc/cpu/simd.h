@@ -108,6 +108,20 @@ SCM_INLINE VecU to_f16(VecF x) {
   return y | sign;
 }
 
+#if defined(__AVX512F__)  // instructions for it; with a mask, as GCC warns of those without
+SCM_INLINE VecF load_f16(const char* from) {
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
+}
+SCM_INLINE void store_f16(char* to, VecF x) {
+  store(to, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+SCM_INLINE VecF load_f16(const char* from) {
+  return from_f16(__builtin_convertvector(load<VecH>(from), VecU));
+}
+SCM_INLINE void store_f16(char* to, VecF x) { store(to, __builtin_convertvector(to_f16(x), VecH)); }
+#endif
+
 SCM_INLINE int64_t size_of(Type type) {
   return type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2;
 }
@@ -119,7 +133,7 @@ SCM_INLINE VecF load_as_float(const char* from, Type type) {
     case Type::kBFloat16:
       return from_bf16(__builtin_convertvector(load<VecH>(from), VecU));
     case Type::kFloat16:
-      return from_f16(__builtin_convertvector(load<VecH>(from), VecU));
+      return load_f16(from);
     case Type::kBool: {
       const VecI live = __builtin_convertvector(load<VecB>(from), VecI);
       return live != 0 ? VecF{} : broadcast(-__builtin_inff());
@@ -143,7 +157,7 @@ SCM_INLINE void store_from_float(char* to, Type type, VecF x) {
       store(to, __builtin_convertvector(to_bf16(x), VecH));
       break;
     case Type::kFloat16:
-      store(to, __builtin_convertvector(to_f16(x), VecH));
+      store_f16(to, x);
       break;
     default:
       store(to, x);

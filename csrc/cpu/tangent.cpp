@@ -151,30 +151,40 @@ Status norm(const TangentNorm& p) {
   return status;
 }
 
-template <Type kType>
-Status apply(const TangentApply& p) {
-  expect_writes(p.out, p.b * p.d * kSize<kType>);
+// out = s g with s = scale(sample); zeros where s is 0, whatever the inputs hold. From the end, of
+// which the caches still hold most if there was a pass before this one.
+template <Type kType, class Scale>
+Status write_scaled(const Tangent& p, char* out, const Scale& scale) {
   const Grid grid(p);
   return parallel_for(grid.items, p.threads, 0, [&](int64_t item, char*) {
-    const Work work = grid[item];
+    const Work work = grid[grid.items - 1 - item];
     for (int64_t sample = work.sample; sample < work.last; ++sample) {
-      char* out = p.out + (sample * p.d + work.first) * kSize<kType>;
-      bool left_out = true;
-      for (int i = 0; i < 4; ++i) left_out &= p.coefficients[4 * sample + i] == 0.0;
-      if (left_out) {  // its inputs may be NaN
-        std::memset(out, 0, work.count * kSize<kType>);
+      const float s = scale(sample);
+      char* to = out + (sample * p.d + work.first) * kSize<kType>;
+      if (s == 0.0f) {
+        std::memset(to, 0, work.count * kSize<kType>);
         continue;
       }
       combine(Row<kType>(p, sample, work.first), work.count,
-              [out](int64_t i, VecF g, int64_t n)
-                  __attribute__((always_inline)) { write<kType>(out + i * kSize<kType>, g, n); });
+              [to, s](int64_t i, VecF g, int64_t n) __attribute__((always_inline)) {
+                write<kType>(to + i * kSize<kType>, g * s, n);
+              });
     }
   });
 }
 
-// s of a sample: NaN where its sum is not finite, for all of it is to be seen to be lost, or 0
-// where it is to be zeros.
-SCM_INLINE float scale(const TangentNormalize& p, double squares) {
+template <Type kType>
+Status apply(const TangentApply& p) {
+  expect_writes(p.out, p.b * p.d * kSize<kType>);
+  return write_scaled<kType>(p, p.out, [&p](int64_t sample) {
+    const double* x = p.coefficients + 4 * sample;
+    return x[0] == 0.0 && x[1] == 0.0 && x[2] == 0.0 && x[3] == 0.0 ? 0.0f : 1.0f;
+  });
+}
+
+// s of a sample. NaN where its sum is not finite, so that all of it is seen to be lost, or 0 where
+// such a sample is to be zeros.
+static float scale(const TangentNormalize& p, double squares) {
   if (!__builtin_isfinite(squares)) return p.zero ? 0.0f : __builtin_nanf("");
   return static_cast<float>(1.0 / (__builtin_sqrt(squares / p.count) + p.c));
 }
@@ -183,9 +193,8 @@ SCM_INLINE float scale(const TangentNormalize& p, double squares) {
 template <Type kType>
 Status normalize_kept(const TangentNormalize& p) {
   const Grid grid(p);
-  const int64_t items = grid.items / grid.chunks;
   const size_t bytes = 4 * (p.d + kLanes);
-  return parallel_for(items, p.threads, bytes, [&](int64_t item, char* scratch) {
+  return parallel_for(grid.items / grid.chunks, p.threads, bytes, [&](int64_t item, char* scratch) {
     float* g = reinterpret_cast<float*>(scratch);
     const Work work = grid[item * grid.chunks];
     for (int64_t sample = work.sample; sample < work.last; ++sample) {
@@ -194,41 +203,26 @@ Status normalize_kept(const TangentNormalize& p) {
         squares += sum_of_squares(Row<kType>(p, sample, i), least(kChunk, p.d - i), g + i);
       }
       const float s = scale(p, squares);
-      char* out = p.out + sample * p.d * kSize<kType>;
+      char* to = p.out + sample * p.d * kSize<kType>;
       if (s == 0.0f) {
-        std::memset(out, 0, p.d * kSize<kType>);
+        std::memset(to, 0, p.d * kSize<kType>);
         continue;
       }
       for (int64_t i = 0; i < p.d; i += kLanes) {
-        write<kType>(out + i * kSize<kType>, load<VecF>(g + i) * s,
-                     least<int64_t>(kLanes, p.d - i));
+        write<kType>(to + i * kSize<kType>, load<VecF>(g + i) * s, least<int64_t>(kLanes, p.d - i));
       }
     }
   });
 }
 
-// All norms, then g once more and the same roundings, from the end, which is in the cache yet.
+// The norms of all samples, then g once more: the same roundings, and so the same bits.
 template <Type kType>
 Status normalize_twice(const TangentNormalize& p) {
-  const Grid grid(p);
   const Doubles squares(p.b);
   if (squares.data == nullptr) return kOutOfMemory;
   if (const Status status = norm<kType>(TangentNorm{p, squares.data})) return status;
-  return parallel_for(grid.items, p.threads, 0, [&](int64_t item, char*) {
-    const Work work = grid[grid.items - 1 - item];
-    for (int64_t sample = work.sample; sample < work.last; ++sample) {
-      const float s = scale(p, squares.data[sample]);
-      char* out = p.out + (sample * p.d + work.first) * kSize<kType>;
-      if (s == 0.0f) {
-        std::memset(out, 0, work.count * kSize<kType>);
-        continue;
-      }
-      combine(Row<kType>(p, sample, work.first), work.count,
-              [out, s](int64_t i, VecF g, int64_t n) __attribute__((always_inline)) {
-                write<kType>(out + i * kSize<kType>, g * s, n);
-              });
-    }
-  });
+  return write_scaled<kType>(p, p.out,
+                             [&](int64_t sample) { return scale(p, squares.data[sample]); });
 }
 
 template <Type kType>
