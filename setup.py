@@ -29,11 +29,9 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 SOURCES = Path("csrc")
-KERNELS = (
-    "attention_forward",
-    "attention_backward",
-)  # csrc/cpu/<kernel>.cpp, once for each instruction set
-SHARED = ("module", "cpu/dispatch", "cpu/parallel")
+# csrc/cpu/<kernel>.cpp, once for each instruction set
+KERNELS = ("isa", "attention_forward", "attention_backward", "tangent")
+SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel")
 
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
 # Best first. "baseline" is what the compiler assumes: SSE2 on x86-64, NEON on AArch64.

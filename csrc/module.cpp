@@ -69,6 +69,43 @@ void attention_backward(const Sizes& sizes, bool causal, float scale, int thread
   run(scm::kernels().attention_backward, p);
 }
 
+// Address and stride of a row, in elements, of each of f, v, x, j.
+using Rows = std::vector<std::tuple<uintptr_t, int64_t>>;
+
+template <class Problem>
+Problem tangent(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
+                uintptr_t coefficients) {
+  Problem p{};
+  p.b = b, p.d = d, p.threads = threads, p.type = static_cast<scm::Type>(type);
+  for (size_t i = 0; i < std::size(p.input); ++i) {
+    p.input[i] = reinterpret_cast<const char*>(std::get<0>(inputs.at(i)));
+    p.stride[i] = std::get<1>(inputs.at(i));
+  }
+  p.coefficients = reinterpret_cast<const double*>(coefficients);
+  return p;
+}
+
+void tangent_norm(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
+                  uintptr_t coefficients, uintptr_t squares) {
+  auto p = tangent<scm::TangentNorm>(b, d, threads, type, inputs, coefficients);
+  p.squares = reinterpret_cast<double*>(squares);
+  run(scm::kernels().tangent_norm, p);
+}
+
+void tangent_apply(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
+                   uintptr_t coefficients, uintptr_t out) {
+  auto p = tangent<scm::TangentApply>(b, d, threads, type, inputs, coefficients);
+  p.out = reinterpret_cast<char*>(out);
+  run(scm::kernels().tangent_apply, p);
+}
+
+void tangent_normalize(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
+                       uintptr_t coefficients, uintptr_t out, double count, double c, bool zero) {
+  auto p = tangent<scm::TangentNormalize>(b, d, threads, type, inputs, coefficients);
+  p.out = reinterpret_cast<char*>(out), p.count = count, p.c = c, p.zero = zero;
+  run(scm::kernels().tangent_normalize, p);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const scm::Kernels& kernels : scm::available_kernels()) names.push_back(kernels.isa);
@@ -91,4 +128,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_instruction_set", &select_instruction_set, "Use this one from now on.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("tangent_norm", &tangent_norm);
+  m.def("tangent_apply", &tangent_apply);
+  m.def("tangent_normalize", &tangent_normalize);
 }

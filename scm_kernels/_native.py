@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 INSTRUCTION_SET = "SCM_KERNELS_CPU_ISA"
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Type in kernels.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Type in kernels.h
 
 
 def unavailable() -> str | None:
@@ -37,4 +37,4 @@ def module() -> ModuleType | None:
 
 def address(x: Tensor | None) -> tuple[int, ...] | None:
     """A tensor of four dimensions as the kernels take it: address, type, strides in elements."""
-    return None if x is None else (x.data_ptr(), _TYPES[x.dtype], *x.stride())
+    return None if x is None else (x.data_ptr(), TYPES[x.dtype], *x.stride())

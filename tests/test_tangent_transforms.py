@@ -81,6 +81,7 @@ def test_bare_ops_refuse_duals(i):
         for call in (
             lambda: ops.tangent_norm(*inputs, ""),
             lambda: ops.tangent_apply(*inputs, ""),
+            lambda: ops.tangent_normalize(*inputs, 0.1, False, False, ""),
             lambda: ops.tangent_distance(*inputs, squares, ""),
         ):
             with pytest.raises(NotImplementedError, match="dual tensor"):
@@ -244,6 +245,10 @@ def test_opcheck():
             (F, V, X, J, coefficients.requires_grad_(requires_grad), ""),
         )
         torch.library.opcheck(
+            torch.ops.scm_kernels.tangent_normalize,
+            (F, V, X, J, coefficients.detach(), 0.1, True, False, ""),
+        )
+        torch.library.opcheck(
             torch.ops.scm_kernels.tangent_distance,
             (*inputs, coefficients.detach(), squares, ""),
         )
@@ -278,7 +283,7 @@ def test_forced_backend(monkeypatch):
 
 
 def test_a_backend_plugs_in_behind_the_op(monkeypatch):
-    """A planted one sees rows with a unit stride, both steps, and its refusal is heard."""
+    """A planted one sees rows with a unit stride, every step, and its refusal is heard."""
     seen = []
 
     class Planted:
@@ -295,6 +300,11 @@ def test_a_backend_plugs_in_behind_the_op(monkeypatch):
             seen.append("apply")
             problem.out.fill_(7.0)
 
+        @staticmethod
+        def normalize(problem):
+            seen.append("normalize")
+            reference.normalize_in_two(problem, Planted.norm, Planted.apply)
+
     real = _backends._implementation
     monkeypatch.setattr(
         _backends,
@@ -309,6 +319,9 @@ def test_a_backend_plugs_in_behind_the_op(monkeypatch):
         (dF,) = torch.autograd.grad(loss, x)
     assert seen == ["norm", "apply"]
     assert (dF == 7).all()
+    with _backends.backend("cpu"):
+        assert (normalized_tangent(F, *rest[:4]) == 7).all()
+    assert seen[2:] == ["normalize", "norm", "apply"]
     with (
         _backends.backend("cpu"),
         pytest.raises(NotImplementedError, match=r"'cpu' was forced.*it is full.*'reference'"),

@@ -4,10 +4,9 @@
 #include <cstring>
 
 // SCM_ISAS(X) is X(name) for each instruction set that the build compiled, best first.
-#define SCM_DECLARE(isa)                               \
-  namespace isa {                                      \
-  Status attention_forward(const AttentionForward&);   \
-  Status attention_backward(const AttentionBackward&); \
+#define SCM_DECLARE(isa)        \
+  namespace isa {               \
+  extern const Kernels kernels; \
   }
 
 namespace scm {
@@ -34,7 +33,7 @@ std::atomic<size_t> selected{0};
 }  // namespace
 
 const std::vector<Kernels>& available_kernels() {
-#define SCM_ENTRY(isa) {#isa, isa::attention_forward, isa::attention_backward},
+#define SCM_ENTRY(isa) isa::kernels,
   static const std::vector<Kernels> available = [] {
     const Kernels built[] = {SCM_ISAS(SCM_ENTRY)};
     std::vector<Kernels> list;

@@ -67,12 +67,22 @@ struct TangentApply : Tangent {
   char* out;  // [b, d], contiguous
 };
 
+struct TangentNormalize : Tangent {
+  char* out;     // [b, d], contiguous
+  double count;  // what the squares are divided by: 1, or d for a mean
+  double c;
+  bool zero;  // a non-finite sample becomes zeros, not NaN
+};
+
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 
 struct Kernels {
   const char* isa;  // the instruction set
   Status (*attention_forward)(const AttentionForward&);
   Status (*attention_backward)(const AttentionBackward&);
+  Status (*tangent_norm)(const TangentNorm&);
+  Status (*tangent_apply)(const TangentApply&);
+  Status (*tangent_normalize)(const TangentNormalize&);
 };
 
 }  // namespace scm

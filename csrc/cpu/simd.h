@@ -36,6 +36,7 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef double VecD __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 of them
 
 template <class Vec>
 SCM_INLINE Vec load(const void* from) {
@@ -107,6 +108,20 @@ SCM_INLINE VecU to_f16(VecF x) {
   return y | sign;
 }
 
+#if defined(__AVX512F__)  // instructions for it; with a mask, as GCC warns of those without
+SCM_INLINE VecF load_f16(const char* from) {
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
+}
+SCM_INLINE void store_f16(char* to, VecF x) {
+  store(to, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+SCM_INLINE VecF load_f16(const char* from) {
+  return from_f16(__builtin_convertvector(load<VecH>(from), VecU));
+}
+SCM_INLINE void store_f16(char* to, VecF x) { store(to, __builtin_convertvector(to_f16(x), VecH)); }
+#endif
+
 SCM_INLINE int64_t size_of(Type type) {
   return type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2;
 }
@@ -118,7 +133,7 @@ SCM_INLINE VecF load_as_float(const char* from, Type type) {
     case Type::kBFloat16:
       return from_bf16(__builtin_convertvector(load<VecH>(from), VecU));
     case Type::kFloat16:
-      return from_f16(__builtin_convertvector(load<VecH>(from), VecU));
+      return load_f16(from);
     case Type::kBool: {
       const VecI live = __builtin_convertvector(load<VecB>(from), VecI);
       return live != 0 ? VecF{} : broadcast(-__builtin_inff());
@@ -142,7 +157,7 @@ SCM_INLINE void store_from_float(char* to, Type type, VecF x) {
       store(to, __builtin_convertvector(to_bf16(x), VecH));
       break;
     case Type::kFloat16:
-      store(to, __builtin_convertvector(to_f16(x), VecH));
+      store_f16(to, x);
       break;
     default:
       store(to, x);
@@ -156,6 +171,32 @@ static inline void store_some_from_float(char* to, Type type, VecF x, int64_t co
   store_from_float(buffer, type, x);
   for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * step * size, buffer + i * size, size);
 }
+
+// --- float64 ------------------------------------------------------------------------------------
+
+// The lower and the upper half of x as float64.
+#if defined(__AVX512F__)
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), VecD);
+}
+#elif defined(__AVX__)
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), VecD);
+}
+#else
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), VecD);
+}
+#endif
 
 // --- transposition ------------------------------------------------------------------------------
 

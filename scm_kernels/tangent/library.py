@@ -1,7 +1,8 @@
-"""The three ops behind `op.py`: schema, kernel, fake, autograd and vmap.
+"""The four ops behind `op.py`: schema, kernel, fake, autograd and vmap.
 
     tangent_norm      sum of g^2 a sample, a constant
     tangent_apply     g, linear in the coefficients; F, V, X and J are constants
+    tangent_normalize s g, the two at once, a constant
     tangent_distance  q = ||F - F^- - g||^2 with a known value; its gradient is `tangent_apply`
 
 F, V, X, J are [B, D], the coefficients [B, 4]; symbols and derivation in `reference.py`.
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scm_kernels import _backends, _library
-from scm_kernels.tangent.problem import Apply, Norm
+from scm_kernels.tangent.problem import Apply, Norm, Normalize
 
 _INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j, Tensor coefficients"
 _INSTEAD = (
@@ -35,12 +36,12 @@ def _fold(info, in_dims, tensors) -> list[Tensor]:
 
 
 def _vmap(op):
-    """The batching rule that all three ops share."""
+    """The batching rule that all ops share."""
 
     def rule(info, in_dims, *args):
-        *tensors, backend = args
+        tensors = [x for x in args if isinstance(x, Tensor)]  # they come first
         folded = _fold(info, in_dims, tensors)
-        out = op(*folded, backend)
+        out = op(*folded, *args[len(tensors) :])
         return out.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
 
     return rule
@@ -108,6 +109,28 @@ def _autograd_apply(*args):
         return torch.ops.scm_kernels.tangent_apply(*args)
 
 
+# --- tangent_normalize ----------------------------------------------------------------------------
+
+
+def _fake_normalize(f, v, x, j, coefficients, c, mean, zero, backend):
+    return f.new_empty(f.shape)
+
+
+def _normalize(f, v, x, j, coefficients, c, mean, zero, backend):
+    out = f.new_empty(f.shape)
+    if f.numel() > 0:
+        inputs = (*map(_rows, (f, v, x, j)), coefficients.contiguous())
+        problem = Normalize(*inputs, c, mean, zero, out)
+        _backends.run("tangent", "normalize", problem, backend)
+    return out
+
+
+def _autograd_normalize(*args):
+    _library.refuse_duals("tangent_normalize", _INSTEAD, args[:5])
+    with _library.below_autograd():
+        return torch.ops.scm_kernels.tangent_normalize(*args)
+
+
 # --- tangent_distance -----------------------------------------------------------------------------
 
 
@@ -168,6 +191,13 @@ _library.define(
     fake=_fake_apply,
     autograd=_autograd_apply,
     vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
+)
+_library.define(
+    f"tangent_normalize({_INPUTS}, float c, bool mean, bool zero, str backend) -> Tensor",
+    kernel=_normalize,
+    fake=_fake_normalize,
+    autograd=_autograd_normalize,
+    vmap=_vmap(lambda *args: _ops.tangent_normalize(*args)),
 )
 _library.define(
     f"tangent_distance({_INPUTS}, Tensor squares, str backend) -> Tensor",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scm_kernels import _backends, _checks
 from scm_kernels.tangent import library as _library  # registers the ops  # noqa: F401
+from scm_kernels.tangent import reference
 from scm_kernels.tangent.presets import PRESETS, Preset
 
 _ops = torch.ops.scm_kernels
@@ -78,8 +79,11 @@ def normalized_tangent(
         )
     inputs, order = _rows(output, dxdt, x_t, jvp)
     options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
-    coefficients, _, _ = _scalars(inputs, options)
-    tangent = _ops.tangent_apply(*inputs, coefficients, options.backend)
+    with torch.no_grad():
+        coefficients = _coefficients(options)
+    tangent = _ops.tangent_normalize(
+        *inputs, coefficients, options.c, chosen.mean, options.zero, options.backend
+    )
     tangent = tangent.reshape(output.shape[:1] + tuple(output.shape[i] for i in order))
     places = (1 + order.index(i) for i in range(1, output.ndim))
     return tangent.permute(0, *places).to(output.dtype)
@@ -175,7 +179,7 @@ class _Options:
     """What a call asks for, checked and with the preset's own values filled in."""
 
     preset: Preset
-    t: Tensor
+    t: Tensor  # in float64, where the device has it
     warmup: float | Tensor
     sigma_data: float
     c: float
@@ -186,22 +190,27 @@ class _Options:
 @torch.no_grad()
 def _scalars(inputs: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Tensor, Tensor]:
     """s (a, b, k, d) [B, 4], (s n)^2 [B] and p [B]; zeros for a sample that is left out."""
-    preset, sd, c = options.preset, options.sigma_data, options.c
-    t, r, size = options.t, options.warmup, inputs[0].shape[1]
-    t = t.to(_checks.wide_dtype(t))
-    r = r.to(t.dtype) if isinstance(r, Tensor) else r
-    coefficients = torch.stack(preset.scalars(t, r, sd), dim=1)
+    preset, t, c, size = options.preset, options.t, options.c, inputs[0].shape[1]
+    coefficients = _coefficients(options)
     squares = _ops.tangent_norm(*inputs, coefficients, options.backend)
     lost = ~squares.isfinite()
     # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
     squares = squares.masked_fill(lost, math.nan)
-    scale = preset.scale(squares, size, c)
-    weight = preset.weight(t, squares, size, sd, c)
-    coefficients, squares = scale.unsqueeze(1) * coefficients, scale * scale * squares
+    weight = preset.weight(t, squares, size, options.sigma_data, c)
+    if preset.normalised:
+        scale = reference.scale(squares, size if preset.mean else 1, c)
+        coefficients, squares = scale.unsqueeze(1) * coefficients, scale * scale * squares
     if options.zero:
         coefficients = coefficients.masked_fill(lost.unsqueeze(1), 0.0)
         squares, weight = squares.masked_fill(lost, 0.0), weight.masked_fill(lost, 0.0)
     return coefficients, squares, weight
+
+
+def _coefficients(options: _Options) -> Tensor:
+    """a, b, k, d [B, 4]."""
+    t, r = options.t, options.warmup
+    r = r.to(t.dtype) if isinstance(r, Tensor) else r
+    return torch.stack(options.preset.scalars(t, r, options.sigma_data), dim=1)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -263,6 +272,7 @@ def _options(preset, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
     nan_policy = preset.nan_policy if nan_policy is None else nan_policy
     _one_of("nan_policy", nan_policy, ("propagate", "zero"))
     zero = nan_policy == "zero"
+    t = t.to(_checks.wide_dtype(t))
     return _Options(preset, t, warmup, sigma_data, c, zero, _backends.requested())
 
 

@@ -1,6 +1,6 @@
 """The presets: the four scalars, the normaliser and the weight of each relative of the sCM loss.
 
-Every function takes and gives float64 tensors [B]. The derivation is in `reference.py`.
+Every function takes and gives float64 tensors [B]. The derivation and s are in `reference.py`.
 """
 
 from collections.abc import Callable
@@ -32,18 +32,6 @@ def _meanflow(t: Tensor, r: float | Tensor, sd: float) -> Scalars:
     return -one, one, torch.zeros_like(t), -t
 
 
-def _l2(squares: Tensor, size: int, c: float) -> Tensor:
-    return 1 / (squares.sqrt() + c)
-
-
-def _rms(squares: Tensor, size: int, c: float) -> Tensor:
-    return 1 / ((squares / size).sqrt() + c)
-
-
-def _no_normaliser(squares: Tensor, size: int, c: float) -> Tensor:
-    return torch.ones_like(squares)
-
-
 def _mean_weight(t: Tensor, squares: Tensor, size: int, sd: float, c: float) -> Tensor:
     return torch.full_like(t, 1 / size)
 
@@ -65,9 +53,8 @@ class Preset:
     """One row of the table. `size` is D, the elements a sample."""
 
     scalars: Callable[[Tensor, float | Tensor, float], Scalars] = _paper  # (t, r, sd) -> a, b, k, d
-    scale: Callable[[Tensor, int, float], Tensor] = (
-        _l2  # (||g||^2, size, c) -> s, the target is s g
-    )
+    normalised: bool = True  # whether the target is s g, or g itself
+    mean: bool = False  # s = 1 / (||g|| / sqrt(D) + c), not 1 / (||g|| + c)
     weight: Callable[..., Tensor] = (
         _mean_weight  # (t, ||g||^2, size, sd, c) -> p, the loss is exp(w) p ||.||^2 - w
     )
@@ -78,8 +65,8 @@ class Preset:
 
 PRESETS = {
     "paper": Preset(),
-    "rms": Preset(scale=_rms),
+    "rms": Preset(mean=True),
     "sana": Preset(weight=_sana_weight),
     "rcm": Preset(scalars=_rcm, weight=_rcm_weight, nan_policy="zero", learned_weight=False),
-    "meanflow": Preset(scalars=_meanflow, scale=_no_normaliser, weight=_meanflow_weight, c=0.01),
+    "meanflow": Preset(scalars=_meanflow, normalised=False, weight=_meanflow_weight, c=0.01),
 }

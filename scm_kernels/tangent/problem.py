@@ -43,3 +43,24 @@ class Apply:
 
     # Output, allocated; every element is to be written.
     out: Tensor  # [B, D], f's dtype, contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Normalize:
+    """out = s g with s = 1 / (||g|| + c), rounded once. Inputs as in `Norm`.
+
+    One read of each input where g of a sample fits a cache. A sample whose sum of squares is not
+    finite becomes NaN, all of it, or zeros; it touches no other.
+    """
+
+    f: Tensor
+    v: Tensor
+    x: Tensor
+    j: Tensor
+    coefficients: Tensor
+    c: float
+    mean: bool  # s = 1 / (||g|| / sqrt(D) + c)
+    zero: bool  # a non-finite sample becomes zeros
+
+    # Output, allocated; every element is to be written.
+    out: Tensor  # [B, D], f's dtype, contiguous

@@ -19,6 +19,7 @@ F - F^- is zero in value but not in derivative. So the distance q = ||F - F^- - 
     q   = (s n)^2                          numbers a sample
     dF  = -2 dq s g                        step "apply": one more read, scalars times -2 dq s
     dw  = exp(w) p q - 1                   numbers a sample, by PyTorch's own autograd
+    G   = s g                              step "normalize": norm and apply at once
 
 dF is 2 dq (F - F^- - G) once more, and G and s and p are constants; so a second derivative is that
 of 2 dq (F - F^-) and that of -2 dq G in dq. `library.py` adds the first and differentiates "apply",
@@ -28,12 +29,13 @@ Half inputs are combined in float32, float64 ones in float64. Squares are summed
 square of no float32 overflows there, and the order of the sum does not show.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from scm_kernels.tangent.problem import Apply, Norm
+from scm_kernels.tangent.problem import Apply, Norm, Normalize
 
 
 def unavailable() -> str | None:
@@ -41,7 +43,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(problem: Norm | Apply) -> str | None:
+def refuses(problem: Norm | Apply | Normalize) -> str | None:
     """It takes every problem."""
     return None
 
@@ -60,6 +62,31 @@ def apply(problem: Apply) -> None:
     for rows, columns in _blocks(problem.f):
         g = _combine(problem, rows, columns)
         problem.out[rows, columns] = g.masked_fill_(left_out[rows], 0.0)
+
+
+def normalize(problem: Normalize) -> None:
+    """out = s g by the other two steps."""
+    normalize_in_two(problem, norm, apply)
+
+
+def normalize_in_two(
+    problem: Normalize, norm: Callable[[Norm], None], apply: Callable[[Apply], None]
+) -> None:
+    """`normalize` by a backend's other two steps."""
+    p = problem
+    inputs, squares = (p.f, p.v, p.x, p.j), p.coefficients.new_empty(len(p.coefficients))
+    norm(Norm(*inputs, p.coefficients, squares))
+    lost = ~squares.isfinite()
+    s = scale(squares.masked_fill_(lost, math.nan), p.f.shape[1] if p.mean else 1, p.c)
+    coefficients = s.unsqueeze(1) * p.coefficients
+    if p.zero:
+        coefficients.masked_fill_(lost.unsqueeze(1), 0.0)
+    apply(Apply(*inputs, coefficients, p.out))
+
+
+def scale(squares: Tensor, count: int, c: float) -> Tensor:
+    """s = 1 / (||g|| + c), or with ||g|| / sqrt(count) for ||g||."""
+    return 1 / ((squares / count).sqrt() + c)
 
 
 def _combine(problem: Norm | Apply, rows: slice, columns: slice) -> Tensor:
