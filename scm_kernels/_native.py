@@ -30,9 +30,19 @@ def module() -> ModuleType | None:
         if error.name != "scm_kernels._C":
             raise
         return None
-    if os.environ.get(INSTRUCTION_SET):
-        _C.select_instruction_set(os.environ[INSTRUCTION_SET])
+    name = os.environ.get(INSTRUCTION_SET)
+    if name:
+        known = _C.instruction_sets()
+        if name not in known:
+            expected = ", ".join(map(repr, known))
+            raise ValueError(f"{INSTRUCTION_SET}: got {name!r}, expected one of {expected} here")
+        _C.select_instruction_set(name)
     return _C
+
+
+def instruction_set() -> str:
+    """The one that the kernels in use were compiled for, "" without kernels."""
+    return "" if module() is None else module().instruction_set()
 
 
 def address(x: Tensor | None) -> tuple[int, ...] | None:
