@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import clang_format
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def test_lint_of_the_kernels():
     sources = [str(path) for path in (ROOT / "csrc").rglob("*.*")]
     assert len(sources) >= 11
     assert {Path(path).suffix for path in sources} <= {".cpp", ".h", ".cu", ".cuh"}
-    run("clang-format", "--dry-run", "--Werror", *sources, cwd=ROOT)
+    run(clang_format.get_executable("clang-format"), "--dry-run", "--Werror", *sources, cwd=ROOT)
 
 
 def test_import_needs_torch_alone_and_is_quick():

@@ -52,7 +52,7 @@ def sanitized(tmp_path_factory):
 
 
 def test_lists_run_clean(sanitized):
-    done = run_sanitized(sanitized, SANITIZERS, *SUITE, OMP_NUM_THREADS="2")
+    done = run_sanitized(sanitized, SANITIZERS, *SUITE, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400
 
