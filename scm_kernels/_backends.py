@@ -2,13 +2,13 @@
 
 A backend joins an op by one file, `scm_kernels/<op>/<backend>.py`, that holds
 
-    unavailable() -> str | None        why this machine cannot run it (with the command that would
-    help) refuses(problem) -> str | None     why it does not take this combination of inputs
-    <step>(problem) -> None            one function a step ("forward", "backward", ...): writes the
-    outputs
+    unavailable() -> str | None     why this machine cannot run it, with the command that would help
+    refuses(problem) -> str | None  why it does not take this combination of inputs
+    <step>(problem) -> None         one function a step ("forward", ...): writes the outputs
 
 where `problem` is the op's frozen dataclass of inputs and of outputs that `op.py` has allocated.
-Nothing else changes: `run` below finds the file, asks it, and calls it.
+Nothing else changes: `run` below finds the file, asks it, and calls it. `DETAILS` may hold a
+function that gives what else `backends()` tells about a backend, such as an instruction set.
 """
 
 import importlib
@@ -19,9 +19,12 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
+from scm_kernels import _native
+
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
 OPS = ("attention", "tangent")
+DETAILS = {"cpu": _native.instruction_set}
 ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")
@@ -32,7 +35,7 @@ def backends() -> dict[str, str]:
 
     Returns:
         `{"reference": ..., "cpu": ..., "triton": ..., "cuda": ...}`; a value starts with
-        "available" or with "not available" and the reason.
+        "available" or with "not available" and the reason: "available (attention; avx512)".
     """
     return {name: _status(name) for name in reversed(NAMES)}
 
@@ -121,7 +124,8 @@ def _status(name: str) -> str:
         reasons[op] = reason
     served = [op for op, reason in reasons.items() if reason is None]
     if served:
-        return f"available ({', '.join(served)})"
+        details = DETAILS[name]() if name in DETAILS else ""
+        return f"available ({'; '.join(filter(None, [', '.join(served), details]))})"
     return "not available: " + "; ".join(dict.fromkeys(reasons.values()))
 
 

@@ -1,5 +1,6 @@
 """The compiled module `scm_kernels._C`, if there is one, and what its functions take."""
 
+import importlib
 import os
 from functools import cache
 from types import ModuleType
@@ -25,14 +26,24 @@ def unavailable() -> str | None:
 def module() -> ModuleType | None:
     """The compiled module. It is imported after torch, so that both share one pool of threads."""
     try:
-        from scm_kernels import _C
+        module = importlib.import_module("scm_kernels._C")
     except ModuleNotFoundError as error:
         if error.name != "scm_kernels._C":
             raise
         return None
-    if os.environ.get(INSTRUCTION_SET):
-        _C.select_instruction_set(os.environ[INSTRUCTION_SET])
-    return _C
+    name = os.environ.get(INSTRUCTION_SET)
+    if name:
+        known = module.instruction_sets()
+        if name not in known:
+            expected = ", ".join(map(repr, known))
+            raise ValueError(f"{INSTRUCTION_SET}: got {name!r}, expected one of {expected} here")
+        module.select_instruction_set(name)
+    return module
+
+
+def instruction_set() -> str:
+    """The one that the kernels in use were compiled for, "" without kernels."""
+    return "" if module() is None else module().instruction_set()
 
 
 def address(x: Tensor | None) -> tuple[int, ...] | None:

@@ -1,11 +1,14 @@
 """The project around the code: lint, packaging, the import, the snippets of the README."""
 
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
+import clang_format
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -41,14 +44,35 @@ def test_lint(arguments):
     run(sys.executable, "-m", "ruff", *arguments, ".", cwd=ROOT)
 
 
+def test_lint_of_the_kernels():
+    sources = [str(path) for path in (ROOT / "csrc").rglob("*.*")]
+    assert len(sources) >= 11
+    assert {Path(path).suffix for path in sources} <= {".cpp", ".h", ".cu", ".cuh"}
+    run(clang_format.get_executable("clang-format"), "--dry-run", "--Werror", *sources, cwd=ROOT)
+
+
 def test_import_needs_torch_alone_and_is_quick():
     seconds = [float(run(sys.executable, "-c", IMPORT_ALONE, cwd=ROOT)) for _ in range(3)]
     assert min(seconds) < 0.2
 
 
 def test_wheel_and_sdist_build(tmp_path):
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
-    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    """Pure Python; test_native_build.py has the same with the native module."""
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    run(*command, env=os.environ | {"SCM_KERNELS_BUILD": "none"})
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = (ROOT / "csrc").rglob("*.*")
+    assert {str(path.relative_to(ROOT)) for path in kernels} <= names
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith(".py")}

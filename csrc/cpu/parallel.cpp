@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #ifndef _OPENMP
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -16,16 +17,13 @@ struct Job {
   void (*body)(const void*, int64_t, char*);
   const void* context;
   std::atomic<int64_t> next{0};
-  std::atomic<int> status{kOk};
 
-  // Takes items until none is left: uneven ones (causal tiles) balance.
+  // Takes items until none is left: uneven ones (causal tiles) balance. A thread that gets no
+  // scratch memory leaves them to the others.
   void work() {
     const size_t bytes = (scratch_bytes + 63) / 64 * 64;
     char* scratch = bytes == 0 ? nullptr : static_cast<char*>(std::aligned_alloc(64, bytes));
-    if (bytes != 0 && scratch == nullptr) {
-      status = kOutOfMemory;
-      return;
-    }
+    if (bytes != 0 && scratch == nullptr) return;
     for (int64_t item; (item = next.fetch_add(1)) < items;) body(context, item, scratch);
     std::free(scratch);
   }
@@ -45,12 +43,16 @@ Status parallel_for(int64_t items, int threads, size_t scratch_bytes,
     job.work();
 #else
     std::vector<std::thread> pool;
-    for (int i = 1; i < threads; ++i) pool.emplace_back([&job] { job.work(); });
+    pool.reserve(threads);
+    try {
+      for (int i = 1; i < threads; ++i) pool.emplace_back([&job] { job.work(); });
+    } catch (const std::system_error&) {  // fewer threads then
+    }
     job.work();
     for (std::thread& thread : pool) thread.join();
 #endif
   }
-  return static_cast<Status>(job.status.load());
+  return job.next < items ? kOutOfMemory : kOk;
 }
 
 }  // namespace scm

@@ -1,0 +1,127 @@
+"""setup.py: the modes of SCM_KERNELS_BUILD, what it says, and what a wheel holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from native_build import build, copy_project, python
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+NO_COMPILER = {"PATH": "/nowhere", "CXX": None}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SCM_KERNELS_BUILD": "gpu"}, r"got 'gpu', expected 'auto', 'none', 'cpu' or 'cuda'"),
+        ({"SCM_KERNELS_BUILD": "cuda"}, "SCM_KERNELS_BUILD=cuda: this version has no CUDA kernels"),
+        ({"SCM_KERNELS_BUILD": "cpu", **NO_COMPILER}, r"cpu: no C\+\+ compiler found \(c\+\+, g"),
+        ({"SCM_KERNELS_BUILD": "cpu", "CXX": "icc9 -w"}, r"no C\+\+ compiler found \(icc9 -w; CXX"),
+        ({"SCM_KERNELS_BUILD": "cpu", "CXX": "false"}, "'false' fails on a probe"),
+    ],
+)
+def test_what_cannot_be_built_is_an_error_that_says_why(project, environment, message):
+    done = python(project, "setup.py", "--name", **environment)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SCM_KERNELS_BUILD": "none"}, ""),
+        (NO_COMPILER, "building without the native module: no C"),
+    ],
+)
+def test_a_wheel_without_the_module_is_pure(tmp_path, environment, message):
+    environment = {"SCM_KERNELS_BUILD": "auto"} | environment
+    text = build(copy_project(tmp_path), "bdist_wheel", **environment)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert ("without the native module" in text) == bool(message)
+    assert message in text
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A build from the sdist, by a compiler of two words, in a place with a space: (it, text)."""
+    place = tmp_path_factory.mktemp("a place")
+    build(copy_project(place), "sdist", SCM_KERNELS_BUILD="none")
+    (sdist,) = (place / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place)
+    inner = place / sdist.name.removesuffix(".tar.gz")
+    return inner, build(inner, "bdist_wheel", SCM_KERNELS_BUILD="cpu", CXX="env c++")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_wheel_of_an_sdist_has_the_module_and_no_sources(built):
+    place, text = built
+    assert not re.search(r"\.(cpp|h):\d+:.*warning:", text), "the sources compile without a warning"
+    (wheel,) = (place / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        kinds = {Path(name).suffix for name in archive.namelist() if ".dist-info" not in name}
+    assert kinds == {".py", ".so"}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_code_of_an_instruction_set_is_shared(built):
+    """A linker keeps one of several weak definitions: code of AVX-512 could serve a processor that
+    has none. Objects of an instruction set define their kernels, in their namespace, and no more.
+    """
+    objects = list(built[0].glob("build/temp*/*.*.o"))
+    assert len(objects) >= 1
+    for path in objects:
+        text = subprocess.check_output(["nm", "--defined-only", "-g", path], text=True)
+        for line in text.splitlines():
+            kind, name = line.split()[-2:]
+            isa = path.name.split(".")[1]
+            assert kind == "T", line
+            assert f"3scm{len(isa)}{isa}" in name, line
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_only_what_has_changed_is_compiled_again(built):
+    place, _ = built
+    environment = {"SCM_KERNELS_BUILD": "cpu", "CXX": "env c++"}
+    assert "compile" not in build(place, "build_ext", **environment)
+    os.utime(place / "csrc" / "cpu" / "parallel.cpp")
+    assert re.findall(r"compile \S+", build(place, "build_ext", **environment)) == [
+        "compile parallel.o"
+    ]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiler_that_fails_is_a_message_or_an_error(built):
+    """And no module of an earlier build is left for the wheel."""
+    place, _ = built
+    with (place / "csrc" / "module.cpp").open("a") as source:
+        source.write("#error planted\n")
+    for name in ("dist", "scm_kernels.egg-info"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    text = build(place, "bdist_wheel", SCM_KERNELS_BUILD="auto", CXX="env c++")
+    assert re.search(r'building extension "scm_kernels._C" failed: .*ninja.* failed, see', text)
+    (wheel,) = (place / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    done = python(place, "setup.py", "build_ext", SCM_KERNELS_BUILD="cpu", CXX="env c++")
+    assert done.returncode != 0
+    assert "#error planted" in done.stdout + done.stderr
