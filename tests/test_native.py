@@ -42,10 +42,7 @@ def instruction_set(request):
 
 @pytest.mark.parametrize("through", ["", "both"], ids=["values", "gradients"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_instruction_set(request, instruction_set, case, through):
-    if (instruction_set, case.name, through) == ("baseline", "sharp", "both"):
-        reason = "SSE2 has no fused multiply-add: d_t_value has 2% more error than it may"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_every_instruction_set(instruction_set, case, through):
     check(run("cpu", case, draw(case), through), case, through)
 
 

@@ -147,9 +147,9 @@ SCM_INLINE void register_tile_of(int64_t rows, int64_t steps, const Left& left1,
   register_tile<Element, kProducts, kRows, kCols>(steps, left1, left2, right, sum);
 }
 
-// c1, c2 [rows, vectors * kLanes] from `steps` elements a sum.
+// c1, c2 [rows, vectors * kLanes] take in `steps` elements.
 template <class Element, Products kProducts>
-static void dual_gemm(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
+static void add_steps(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
                       const Left& left2, const Right& right, const Sum& sum) {
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
   for (int64_t j = 0; j < vectors; j += 2) {
@@ -170,6 +170,26 @@ static void dual_gemm(int64_t rows, int64_t vectors, int64_t steps, const Left& 
       i += height;
     }
   }
+}
+
+// Without fused multiply-adds (SSE2) every product is rounded too: sums of fewer make up for it.
+#if defined(__x86_64__) && !defined(__FMA__)
+constexpr int64_t kStepsASum = 16;
+#else
+constexpr int64_t kStepsASum = INT64_MAX;
+#endif
+
+// c1, c2 [rows, vectors * kLanes] from `steps` elements a sum.
+template <class Element, Products kProducts>
+static void dual_gemm(int64_t rows, int64_t vectors, int64_t steps, Left left1, Left left2,
+                      Right right, Sum sum) {
+  for (; steps > kStepsASum; steps -= kStepsASum) {
+    add_steps<Element, kProducts>(rows, vectors, kStepsASum, left1, left2, right, sum);
+    left1.data += kStepsASum * left1.step, left2.data += kStepsASum * left2.step;
+    right.b1 += kStepsASum * right.step, right.b2 += kStepsASum * right.step;
+    sum.zero = false, sum.rescale = nullptr;
+  }
+  add_steps<Element, kProducts>(rows, vectors, steps, left1, left2, right, sum);
 }
 
 }  // namespace SCM_ISA

@@ -232,22 +232,36 @@ Status normalize(const TangentNormalize& p) {
   return shared || p.d > kKept ? normalize_twice<kType>(p) : normalize_kept<kType>(p);
 }
 
+template <Type k>
+struct Constant {
+  static constexpr Type kType = k;
+};
+
+// kernel(the type of the inputs as a constant).
+template <class Kernel>
+Status by_type(Type type, const Kernel& kernel) {
+  switch (type) {
+    case Type::kBFloat16:
+      return kernel(Constant<Type::kBFloat16>());
+    case Type::kFloat16:
+      return kernel(Constant<Type::kFloat16>());
+    default:
+      return kernel(Constant<Type::kFloat32>());
+  }
+}
+
 }  // namespace
 
-#define SCM_BY_TYPE(kernel)              \
-  switch (p.type) {                      \
-    case Type::kBFloat16:                \
-      return kernel<Type::kBFloat16>(p); \
-    case Type::kFloat16:                 \
-      return kernel<Type::kFloat16>(p);  \
-    default:                             \
-      return kernel<Type::kFloat32>(p);  \
-  }
+Status tangent_norm(const TangentNorm& p) {
+  return by_type(p.type, [&p](auto type) { return norm<decltype(type)::kType>(p); });
+}
 
-Status tangent_norm(const TangentNorm& p){SCM_BY_TYPE(norm)} Status
-    tangent_apply(const TangentApply& p){SCM_BY_TYPE(apply)} Status
-    tangent_normalize(const TangentNormalize& p) {
-  SCM_BY_TYPE(normalize)
+Status tangent_apply(const TangentApply& p) {
+  return by_type(p.type, [&p](auto type) { return apply<decltype(type)::kType>(p); });
+}
+
+Status tangent_normalize(const TangentNormalize& p) {
+  return by_type(p.type, [&p](auto type) { return normalize<decltype(type)::kType>(p); });
 }
 
 }  // namespace SCM_ISA
