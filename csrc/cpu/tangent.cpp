@@ -1,5 +1,6 @@
 // The tangent g = a F + b V + k X + d J of each sample, its norm, and g normalised, each in one
-// read of the inputs: the formulas of scm_kernels/tangent/reference.py.
+// read of the inputs (two where a large sample is normalised): the formulas of
+// scm_kernels/tangent/reference.py.
 //
 // Elements are combined in float32 and their squares summed in float64. A sample is cut into chunks
 // of a fixed size, whose sums are added in order; so the result does not depend on which thread
@@ -234,21 +235,14 @@ Status normalize(const TangentNormalize& p) {
 
 }  // namespace
 
-#define SCM_BY_TYPE(kernel)              \
-  switch (p.type) {                      \
-    case Type::kBFloat16:                \
-      return kernel<Type::kBFloat16>(p); \
-    case Type::kFloat16:                 \
-      return kernel<Type::kFloat16>(p);  \
-    default:                             \
-      return kernel<Type::kFloat32>(p);  \
-  }
+#define SCM_BY_TYPE(kernel)                               \
+  p.type == Type::kBFloat16  ? kernel<Type::kBFloat16>(p) \
+  : p.type == Type::kFloat16 ? kernel<Type::kFloat16>(p)  \
+                             : kernel<Type::kFloat32>(p)
 
-Status tangent_norm(const TangentNorm& p){SCM_BY_TYPE(norm)} Status
-    tangent_apply(const TangentApply& p){SCM_BY_TYPE(apply)} Status
-    tangent_normalize(const TangentNormalize& p) {
-  SCM_BY_TYPE(normalize)
-}
+Status tangent_norm(const TangentNorm& p) { return SCM_BY_TYPE(norm); }
+Status tangent_apply(const TangentApply& p) { return SCM_BY_TYPE(apply); }
+Status tangent_normalize(const TangentNormalize& p) { return SCM_BY_TYPE(normalize); }
 
 }  // namespace SCM_ISA
 }  // namespace scm
