@@ -1,5 +1,6 @@
 // The tangent g = a F + b V + k X + d J of each sample, its norm, and g normalised, each in one
-// read of the inputs: the formulas of scm_kernels/tangent/reference.py.
+// read of the inputs (two where a large sample is normalised): the formulas of
+// scm_kernels/tangent/reference.py.
 //
 // Elements are combined in float32 and their squares summed in float64. A sample is cut into chunks
 // of a fixed size, whose sums are added in order; so the result does not depend on which thread
