@@ -1,7 +1,7 @@
 """The test lists of attention and tangent on a native module that is built with sanitizers.
 
     python tests/sanitize.py address,undefined
-    python tests/sanitize.py thread
+    setarch -R python tests/sanitize.py thread
 
 The module is built in a copy of the project. AddressSanitizer sees PyTorch's tensors: on the CPU
 they come from the C library's allocator, one by one. ThreadSanitizer does not see OpenMP's locks:
