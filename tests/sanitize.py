@@ -22,7 +22,8 @@ from native_build import build, copy_project, python
 # The lists of this backend; counting the bytes that PyTorch allocates has nothing to find here.
 SUITE = (
     *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-    *("tests/test_attention.py", "tests/test_tangent.py", "tests/test_native.py"),
+    *("tests/test_attention.py", "tests/test_tangent.py", "tests/test_tangent_kernels.py"),
+    "tests/test_native.py",
     *("-k", "(cpu or instruction_set or test_tangent) and not memory"),
 )
 RUNTIME = {"address,undefined": "asan", "thread": "tsan"}
