@@ -92,6 +92,8 @@ def test_no_code_of_an_instruction_set_is_shared(built):
         for line in text.splitlines():
             kind, name = line.split()[-2:]
             isa = path.name.split(".")[1]
+            if name == "DW.ref.__gxx_personality_v0":
+                continue  # the address of libstdc++'s handler of exceptions: no code
             assert kind in "TDR", line  # code or data, and strong
             assert f"3scm{len(isa)}{isa}" in name, line
 
