@@ -39,7 +39,12 @@ struct BFloat16Pair {
     return x - VecI{};
   }
   SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) {
+#if defined(__clang__)  // Clang 16 does not end on the intrinsic
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#else
     return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
   }
 
   // Two vectors rounded to bfloat16, as they are and as pairs with `low` in the lower halves.
