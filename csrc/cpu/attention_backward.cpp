@@ -166,8 +166,15 @@ class Backward {
       add_to_mask(matrix(p_.dmask, b, h), tile, a_);
       add_to_mask(matrix(p_.dtmask, b, h), tile, b_);
     }
-    if (dq_) store_transposed(matrix(p_.dq, b, h), row, rows, p_.d, dq_, columns_, p_.scale);
-    if (dtq_) store_transposed(matrix(p_.dtq, b, h), row, rows, p_.d, dtq_, columns_, p_.scale);
+    store_scaled(matrix(p_.dq, b, h), row, rows, dq_);
+    store_scaled(matrix(p_.dtq, b, h), row, rows, dtq_);
+  }
+
+  void store_scaled(const Matrix& to, int64_t row, int64_t rows, const float* x) const {
+    if (!to) return;
+    store_transposed(to, row, rows, p_.d, [this, x](int64_t d, int64_t column) {
+      return load<VecF>(x + d * columns_ + column) * p_.scale;
+    });
   }
 
   // Queries and cotangents: transposed for the scores, and as they are for sums over the queries.

@@ -233,11 +233,8 @@ class Forward {
     empty_ = false;
   }
 
+  // O = acc / l, tO = tacc / l - (mu / l) O, lse = m + log l, mu = mu / l + c.
   void finish(int64_t b, int64_t h, int64_t row, int64_t rows) {
-    if (Element::kPerElement == 1) {
-      std::memcpy(state_.rounded_total, state_.total, sizeof state_.total);
-      std::memcpy(state_.rounded_moment, state_.moment, sizeof state_.moment);
-    }
     float* lse = p_.lse + (b * p_.h + h) * p_.m + row;
     float* mu = p_.mu + (b * p_.h + h) * p_.m + row;
     for (int64_t i = 0; i < rows; ++i) {
@@ -246,25 +243,25 @@ class Forward {
       lse[i] = alive ? state_.peak[i] + __builtin_logf(total) : -__builtin_inff();
       mu[i] = alive ? state_.moment[i] / total + state_.shift[i] : 0.0f;
     }
-    for (int64_t i = 0; i < columns_; i += kLanes) normalise(i);
-    store_transposed(matrix(p_.out, b, h), row, rows, p_.e, out_, columns_, 1.0f);
-    store_transposed(matrix(p_.t_out, b, h), row, rows, p_.e, tangent_ ? t_out_ : nullptr, columns_,
-                     1.0f);
-  }
-
-  // O = acc / l, tO = tacc / l - (mu / l) O of one vector of rows.
-  void normalise(int64_t column) {
-    const VecF total = load<VecF>(state_.rounded_total + column);
-    const VecF inverse = 1.0f / (total == 0.0f ? broadcast(1.0f) : total);
-    const VecF mean = load<VecF>(state_.rounded_moment + column) * inverse;
-    for (int64_t e = 0; e < p_.e; ++e) {
-      float* out = out_ + e * columns_ + column;
-      const VecF x = empty_ ? VecF{} : load<VecF>(out) * inverse;
-      store(out, x);
-      if (!tangent_) continue;
-      float* t_out = t_out_ + e * columns_ + column;
-      store(t_out, empty_ ? VecF{} : load<VecF>(t_out) * inverse - mean * x);
+    const bool rounded = Element::kPerElement == 2;
+    const float* total = rounded ? state_.rounded_total : state_.total;
+    const float* moment = rounded ? state_.rounded_moment : state_.moment;
+    alignas(64) float inverse[kRows], mean[kRows];
+    for (int64_t i = 0; i < columns_; ++i) {
+      inverse[i] = 1.0f / (total[i] == 0.0f ? 1.0f : total[i]);
+      mean[i] = moment[i] * inverse[i];
     }
+    const auto out = [&](int64_t e, int64_t column) {
+      if (empty_) return VecF{};
+      return load<VecF>(out_ + e * columns_ + column) * load<VecF>(inverse + column);
+    };
+    const auto t_out = [&](int64_t e, int64_t column) {
+      if (empty_ || !tangent_) return VecF{};
+      return load<VecF>(t_out_ + e * columns_ + column) * load<VecF>(inverse + column) -
+             load<VecF>(mean + column) * out(e, column);
+    };
+    store_transposed(matrix(p_.out, b, h), row, rows, p_.e, out);
+    store_transposed(matrix(p_.t_out, b, h), row, rows, p_.e, t_out);
   }
 
   const AttentionForward& p_;

@@ -74,11 +74,18 @@ static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t
   const int64_t height = elements<Element>(width);
   for (int64_t i = 0; i < columns; i += kLanes) {
     for (int64_t j = 0; j < height; j += kLanes) {
+      const int64_t from = j * Element::kPerElement;
+      const bool whole = i + kLanes <= rows && from + kLanes * Element::kPerElement <= width;
       VecF block[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        block[r] = i + r >= rows ? VecF{}
-                                 : load_elements<Element>(x.at(first + i + r), x.type,
-                                                          j * Element::kPerElement, width);
+      if (whole && (Element::kPerElement == 2 || x.type == Type::kFloat32)) {
+        const char* at = x.at(first + i) + 4 * j;
+        SCM_UNROLL
+        for (int r = 0; r < kLanes; ++r) block[r] = load<VecF>(at + r * x.row);
+      } else {
+        for (int64_t r = 0; r < kLanes; ++r) {
+          const char* at = x.at(first + i + r);
+          block[r] = i + r < rows ? load_elements<Element>(at, x.type, from, width) : VecF{};
+        }
       }
       transpose(block);
       const int64_t count = least<int64_t>(kLanes, height - j);
@@ -140,21 +147,29 @@ static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, in
   }
 }
 
-// Rows of `to` [rows, width] = factor times x [width, columns] transposed; zeros where x is absent.
-static inline void store_transposed(const Matrix& to, int64_t first, int64_t rows, int64_t width,
-                                    const float* x, int64_t columns, float factor) {
+// Rows of `to` [rows, width] from their transposed values: value(feature, column) is a vector of
+// rows.
+template <class Value>
+static void store_transposed(const Matrix& to, int64_t first, int64_t rows, int64_t width,
+                             const Value& value) {
   const int64_t size = size_of(to.type);
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t j = 0; j < width; j += kLanes) {
-      VecF block[kLanes] = {};
       const int64_t count = least<int64_t>(kLanes, width - j);
-      for (int64_t r = 0; r < count && x != nullptr; ++r) {
-        block[r] = load<VecF>(x + (j + r) * columns + i) * factor;
-      }
+      const int64_t height = least<int64_t>(kLanes, rows - i);
+      VecF block[kLanes];
+      SCM_UNROLL
+      for (int r = 0; r < kLanes; ++r) block[r] = r < count ? value(j + r, i) : VecF{};
       transpose(block);
-      for (int64_t r = 0; r < least<int64_t>(kLanes, rows - i); ++r) {
-        char* at = to.at(first + i + r) + j * to.column;
-        if (count == kLanes && to.column == size) {
+      char* at = to.at(first + i) + j * to.column;
+      const bool whole = count == kLanes && to.column == size;
+      if (whole && height == kLanes && to.type == Type::kFloat32) {
+        SCM_UNROLL
+        for (int r = 0; r < kLanes; ++r) store(at + r * to.row, block[r]);
+        continue;
+      }
+      for (int64_t r = 0; r < height; ++r, at += to.row) {
+        if (whole) {
           store_from_float(at, to.type, block[r]);
         } else {
           store_some_from_float(at, to.type, block[r], count, to.column / size);
