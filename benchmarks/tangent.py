@@ -3,9 +3,11 @@
     python -m benchmarks.tangent [--repeats 20] [--json tangent.json]
 
 Bandwidth counts each input once and each output once, whatever a kernel reads again: the four
-inputs and the tangent, or the gradient, and nothing else. A copy of a tensor beyond the caches,
-read and written once, is taken in turns with them. "reference" is the same call on the reference
-backend.
+inputs and the tangent, or the gradient, and nothing else. A copy of a tensor beyond the caches into
+memory that is there already, read and written once, is taken in turns with them. The calls allocate
+what they return, and fresh memory costs page faults, so their share is also given of a copy that
+does (`clone`); the kernels, the last three, write where they wrote before. "reference" is the same
+on the reference backend.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from torch import Tensor
 
 import scm_kernels
 from benchmarks.common import interleaved, report
+from scm_kernels import _backends
+from scm_kernels.tangent.problem import Apply, Norm, Normalize
 
 # Toy data; samples of less than a vector's worth of work each; latents of 256 x 256, 512 x 512 and
 # 1024 x 1024 pixels; one large sample; a video.
@@ -44,6 +48,15 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[Callabl
     def gradient(loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, leaf, retain_graph=True)[0]
 
+    scalars, out = torch.rand(shape[0], 4, dtype=torch.float64), torch.empty_like(F)
+    inputs = [x.reshape(shape[0], -1) for x in (F, V, X, J)]
+    norm = Norm(*inputs, scalars, torch.empty_like(scalars[:, 0]))
+    apply = Apply(*inputs, scalars, out.reshape(inputs[0].shape))
+    normalize = Normalize(*inputs, scalars, 0.1, False, False, apply.out)
+
+    def kernel(step: str, problem: Norm | Apply | Normalize) -> Callable[[], None]:
+        return lambda: _backends.run("tangent", step, problem, _backends.requested())
+
     return {
         "tangent": (lambda: scm_kernels.normalized_tangent(F, V, X, J, t), 5),
         "loss": (lambda: scm_kernels.consistency_loss(F, V, X, J, t, w), 4),
@@ -52,6 +65,9 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[Callabl
             lambda: gradient(scm_kernels.consistency_loss(leaf, V, X, J, t, w)),
             9,
         ),
+        "kernel: norm": (kernel("norm", norm), 4),
+        "kernel: apply": (kernel("apply", apply), 5),
+        "kernel: normalize": (kernel("normalize", normalize), 5),
     }
 
 
@@ -61,18 +77,19 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[di
     with scm_kernels.backend("reference"):
         reference = calls(shape, dtype)
     ours = calls(shape, dtype)
-    providers = {"copy": lambda: target.copy_(source)}
+    providers = {"copy": lambda: target.copy_(source), "clone": lambda: source.clone()}
     providers |= {name: run for name, (run, _) in ours.items()}
     providers |= {f"{name}, reference": on_reference(run) for name, (run, _) in reference.items()}
     times = interleaved(providers, repeats)
-    copy = 2 * 4 * COPY / times["copy"]["p50"] / 1e6
+    copy, clone = (8 * COPY / times[name]["p50"] / 1e6 for name in ("copy", "clone"))
     rows = []
     for name, (_, tensors) in ours.items():
         size = tensors * math.prod(shape) * dtype.itemsize
         row = {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
         row |= {"call": name, "MB": size / 1e6, "ms": times[name]["p50"]}
         row["GB/s"] = size / row["ms"] / 1e6
-        row |= {"copy GB/s": copy, "share of copy": row["GB/s"] / copy}
+        row |= {"copy GB/s": copy, "of copy": row["GB/s"] / copy}
+        row |= {"clone GB/s": clone, "of clone": row["GB/s"] / clone}
         row["reference / ours"] = times[f"{name}, reference"]["p50"] / row["ms"]
         rows.append(row)
     return rows
