@@ -15,13 +15,20 @@ def interleaved(
     providers: dict[str, Callable[[], object]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, dict]:
-    """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike."""
+    """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike.
+
+    `warm`: each is called once before it is timed, so that none pays for what the one before it has
+    thrown out of the caches.
+    """
     times = {name: [] for name in providers}
     for run in providers.values():
         run()
     for _ in range(repeats):
         for name, run in providers.items():
+            if warm:
+                run()
             start = clock()
             run()
             times[name].append(1e3 * (clock() - start))

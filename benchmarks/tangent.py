@@ -80,7 +80,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[di
     providers = {"copy": lambda: target.copy_(source), "clone": lambda: source.clone()}
     providers |= {name: run for name, (run, _) in ours.items()}
     providers |= {f"{name}, reference": on_reference(run) for name, (run, _) in reference.items()}
-    times = interleaved(providers, repeats)
+    times = interleaved(providers, repeats, warm=True)
     copy, clone = (8 * COPY / times[name]["p50"] / 1e6 for name in ("copy", "clone"))
     rows = []
     for name, (_, tensors) in ours.items():
