@@ -182,7 +182,8 @@ def _backward(dout, dt_out, *args):
         *tensors[6:],
         causal,
         scale,
-        *(out, t_out, lse, mu),
+        *(_rowwise(out), _rowwise(t_out)),
+        *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
