@@ -8,7 +8,7 @@ SCM_KERNELS_BUILD chooses what is built:
     cpu     the CPU kernels, or an error
     cuda    the CPU and the CUDA kernels, or an error
 
-CXX names the compiler (GCC 12 or Clang 15 and later), CXXFLAGS and LDFLAGS are appended,
+CXX names the compiler (GCC 12 or Clang 16 and later), CXXFLAGS and LDFLAGS are appended,
 SCM_KERNELS_SANITIZE=address,undefined (or thread) builds with sanitizers. No torch is needed: the
 kernels take plain pointers.
 """
@@ -75,7 +75,7 @@ class Compiler:
             self.link_flags += ["-undefined", "dynamic_lookup"]
         complaint = self.refuses()
         if complaint:
-            raise BuildError(f"{found[0]!r} fails on a probe for GCC 12, Clang 15:\n{complaint}")
+            raise BuildError(f"{found[0]!r} fails on a probe for GCC 12, Clang 16:\n{complaint}")
         sanitize = os.environ.get("SCM_KERNELS_SANITIZE")
         if sanitize:
             self.flags += SANITIZE.format(sanitize).split()
