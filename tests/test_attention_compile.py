@@ -179,13 +179,13 @@ def test_plain_inputs_are_pytorchs_own(x):
 
 def test_a_forced_backend_is_part_of_the_graph(x, monkeypatch):
     """It is neither frozen at the first call nor forgotten in the backward."""
-    seen, run = [], _backends.run
+    seen, choose = [], _backends.choose
 
     def spy(op, step, problem, request):
         seen.append((step, request))
-        return run(op, step, problem, request)
+        return choose(op, step, problem, request)
 
-    monkeypatch.setattr(_backends, "run", spy)
+    monkeypatch.setattr(_backends, "choose", spy)
     function, leaves = compiled(attention_jvp), [y.requires_grad_() for y in x]
     with torch.no_grad():
         function(*x)

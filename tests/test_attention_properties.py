@@ -34,7 +34,8 @@ def cases(draw_from, *, dtypes=(torch.float32, torch.bfloat16, torch.float16)) -
     """A problem that the op has to take, small enough to run hundreds of them."""
     pick = lambda *options: draw_from(st.sampled_from(options))  # noqa: E731
     length = st.one_of(st.integers(1, 9), st.integers(10, 70), st.integers(120, 150))
-    m, n = draw_from(length), draw_from(length)
+    # Not two keys: where a mask leaves one, most gradients vanish, and eager's do so exactly.
+    m, n = draw_from(length), draw_from(length.filter(lambda n: n != 2))
     # Wide heads only with many rows: a mean over a few rows says little, however wide they are.
     wide = st.integers(60, 80) if min(m, n) > 9 else st.integers(1, 33)
     width = st.one_of(st.integers(1, 33), st.integers(1, 33), wide)
