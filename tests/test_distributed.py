@@ -91,6 +91,7 @@ def worker(rank, port, folder):
         }
         if rank == 0:
             torch.save(results, folder / "results.pt")
+        dist.barrier()  # neither process ends while the other still talks to it
     finally:
         dist.destroy_process_group()
 

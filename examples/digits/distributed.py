@@ -67,4 +67,5 @@ def start(device_name: str) -> World:
 
 def stop(world: World) -> None:
     if world.size > 1:
+        dist.barrier()  # no process ends while another still talks to it
         dist.destroy_process_group()
