@@ -20,8 +20,9 @@ namespace {
 
 // Elements: 256 KiB of float32 inputs, some 10 us, beside which taking a work item costs nothing.
 constexpr int64_t kChunk = 16384;
-// Samples up to this size are normalised from a float32 copy of g, 1 MiB, in the cache of the core.
-constexpr int64_t kKept = 262144;
+// Samples up to this size are normalised from a float32 copy of g: up to 1 MiB of it in the core's
+// cache, up to 16 MiB in the shared one, or in memory, which is still less than the inputs again.
+constexpr int64_t kKept = 4194304;
 
 template <class X>
 SCM_INLINE X least(X a, X b) {
