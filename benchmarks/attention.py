@@ -10,7 +10,6 @@ error gets no speed. One thread is timed by its CPU time, which small shapes nee
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scm_kernels
-from benchmarks.common import interleaved, report
+from benchmarks.common import interleaved, report, with_progress
 from scm_kernels.attention import torch_flash
 from scm_kernels.attention.problem import Backward
 
@@ -125,11 +124,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     cases = [(shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
-    rows = []
-    for i, case in enumerate(cases):
-        print(f"\r{i + 1}/{len(cases)}", end="", file=sys.stderr, flush=True)
-        rows.append(measure(*case, options.repeats, clock))
-    print("\r", end="", file=sys.stderr)
+    rows = [measure(*case, options.repeats, clock) for case in with_progress(cases)]
     report("attention with tangent, measured", rows, options.json)
 
 

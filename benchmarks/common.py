@@ -4,8 +4,9 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +39,14 @@ def interleaved(
 def _quantiles(values: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(values, n=10)
     return {"p20": cuts[1], "p50": statistics.median(values), "p80": cuts[7]}
+
+
+def with_progress(cases: Sequence) -> Iterator:
+    """The cases, with a count of them on stderr while they run."""
+    for i, case in enumerate(cases):
+        print(f"\r{i + 1}/{len(cases)}", end="", file=sys.stderr, flush=True)
+        yield case
+    print("\r", end="", file=sys.stderr)
 
 
 def machine() -> dict[str, object]:

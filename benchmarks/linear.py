@@ -7,13 +7,12 @@ faster GEMM has to earn back: the last column says whether it does.
 """
 
 import argparse
-import sys
 
 import torch
 import torch.nn.functional as F
 
 import scm_kernels
-from benchmarks.common import interleaved, report
+from benchmarks.common import interleaved, report, with_progress
 
 SHAPES = [(512, 64, 64), (4096, 384, 1536), (1024, 1152, 4608)]  # rows, features in, features out
 
@@ -52,11 +51,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     cases = [(*shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
-    rows = []
-    for i, case in enumerate(cases):
-        print(f"\r{i + 1}/{len(cases)}", end="", file=sys.stderr, flush=True)
-        rows.append(measure(*case, options.repeats))
-    print("\r", end="", file=sys.stderr)
+    rows = [measure(*case, options.repeats) for case in with_progress(cases)]
     report("linear layer with tangent, measured", rows, options.json)
 
 

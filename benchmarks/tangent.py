@@ -12,14 +12,13 @@ on the reference backend.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import scm_kernels
-from benchmarks.common import interleaved, report
+from benchmarks.common import interleaved, report, with_progress
 from scm_kernels import _backends
 from scm_kernels.tangent.problem import Apply, Norm, Normalize
 
@@ -109,11 +108,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     cases = [(shape, dtype) for dtype in DTYPES for shape in SHAPES]
-    rows = []
-    for i, case in enumerate(cases):
-        print(f"\r{i + 1}/{len(cases)}", end="", file=sys.stderr, flush=True)
-        rows += measure(*case, options.repeats)
-    print("\r", end="", file=sys.stderr)
+    rows = [row for case in with_progress(cases) for row in measure(*case, options.repeats)]
     report("sCM tangent and loss, measured", rows, options.json)
 
 

@@ -8,12 +8,11 @@ cores that the other wants: "together / sum" would be well above 1.
 """
 
 import argparse
-import sys
 
 import torch
 
 import scm_kernels
-from benchmarks.common import interleaved, report
+from benchmarks.common import interleaved, report, with_progress
 
 SIZES = [(64, 128), (256, 512), (512, 1024)]  # tokens of attention, size of the matrices
 
@@ -57,11 +56,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = []
-    for i, sizes in enumerate(SIZES):
-        print(f"\r{i + 1}/{len(SIZES)}", end="", file=sys.stderr, flush=True)
-        rows.append(measure(*sizes, options.repeats))
-    print("\r", end="", file=sys.stderr)
+    rows = [measure(*sizes, options.repeats) for sizes in with_progress(SIZES)]
     report("matrix products and attention with tangent in turns, measured", rows, options.json)
 
 

@@ -335,10 +335,9 @@ Status run(const AttentionBackward& p) {
     const int64_t h0 = item / plan.parts % groups * plan.heads;
     for (int64_t b = b0; b < b0 + plan.batches; ++b) {
       for (int64_t hk = h0; hk < h0 + plan.heads; ++hk) {
-        const KeySums sums = plan.sums(p, workspace, b, hk, part);
-        std::memset(workspace + ((b * p.hk + hk) * plan.parts + part) * plan.part_floats, 0,
-                    4 * plan.part_floats);
-        backward.run(b, hk, part, sums);
+        float* place = plan.place(p, workspace, b, hk, part);
+        std::memset(place, 0, 4 * plan.part_floats);
+        backward.run(b, hk, part, plan.sums(p, place));
       }
     }
   };

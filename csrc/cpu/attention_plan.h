@@ -40,9 +40,13 @@ struct Plan {
 
   int64_t jobs(const AttentionBackward& p) const { return p.b / batches * (p.hk / heads) * parts; }
 
-  KeySums sums(const AttentionBackward& p, float* workspace, int64_t b, int64_t hk,
+  // Where the sums of a part lie in the workspace, `part_floats` of them.
+  float* place(const AttentionBackward& p, float* workspace, int64_t b, int64_t hk,
                int64_t part) const {
-    float* next = workspace + ((b * p.hk + hk) * parts + part) * part_floats;
+    return workspace + ((b * p.hk + hk) * parts + part) * part_floats;
+  }
+
+  KeySums sums(const AttentionBackward& p, float* next) const {
     const auto take = [&](const Tensor& x, int64_t width) {
       float* piece = x ? next : nullptr;
       next += x ? p.n * width : 0;
@@ -75,7 +79,7 @@ void store_sum(const Matrix& to, int64_t n, int64_t features, const float* part,
 
 void store_sums(const AttentionBackward& p, const Plan& plan, float* workspace, int64_t b,
                 int64_t hk) {
-  const KeySums s = plan.sums(p, workspace, b, hk, 0);
+  const KeySums s = plan.sums(p, plan.place(p, workspace, b, hk, 0));
   const auto put = [&](const Tensor& to, const float* from, int64_t features, float factor) {
     if (!to) return;
     store_sum(matrix(to, b, hk), p.n, features, from, plan.parts, plan.part_floats,

@@ -9,11 +9,6 @@ namespace SCM_ISA {
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-template <class X>
-SCM_INLINE X least(X a, X b) {
-  return a < b ? a : b;
-}
-
 SCM_INLINE const char* bytes(const float* x) { return reinterpret_cast<const char*>(x); }
 
 // Elements of four bytes that `width` features make: pairs of bfloat16, or floats.
@@ -22,8 +17,7 @@ constexpr int64_t elements(int64_t width) {
   return (width + Element::kPerElement - 1) / Element::kPerElement;
 }
 
-// Hands out pieces of a thread's scratch memory, each aligned to 64. Made with nullptr it only
-// counts.
+// Hands out pieces of a thread's scratch memory, each aligned to 64.
 struct Arena {
   char* next;
 

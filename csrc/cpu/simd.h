@@ -38,6 +38,11 @@ typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 typedef double VecD __attribute__((vector_size(4 * kLanes)));  // kLanes / 2 of them
 
+template <class X>
+SCM_INLINE X least(X a, X b) {
+  return a < b ? a : b;
+}
+
 template <class Vec>
 SCM_INLINE Vec load(const void* from) {
   Vec x;

@@ -1,6 +1,6 @@
 // The tangent g = a F + b V + k X + d J of each sample, its norm, and g normalised, each in one
-// read of the inputs (two where a large sample is normalised): the formulas of
-// scm_kernels/tangent/reference.py.
+// read of the inputs (two where a sample is normalised that is shared by threads, or beyond kKept):
+// the formulas of scm_kernels/tangent/reference.py.
 //
 // Elements are combined in float32 and their squares summed in float64. A sample is cut into chunks
 // of a fixed size, whose sums are added in order; so the result does not depend on which thread
@@ -23,11 +23,6 @@ constexpr int64_t kChunk = 16384;
 // Samples up to this size are normalised from a float32 copy of g: up to 1 MiB of it in the core's
 // cache, up to 16 MiB in the shared one, or in memory, which is still less than the inputs again.
 constexpr int64_t kKept = 4194304;
-
-template <class X>
-SCM_INLINE X least(X a, X b) {
-  return a < b ? a : b;
-}
 
 // --- work items ---------------------------------------------------------------------------------
 
