@@ -19,12 +19,12 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
-from scm_kernels import _native
+from scm_kernels import _native, _triton
 
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
 OPS = ("attention", "tangent")
-DETAILS = {"cpu": _native.instruction_set}
+DETAILS = {"cpu": _native.instruction_set, "triton": lambda: _triton.describe()}
 ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")

@@ -1,0 +1,403 @@
+"""The backward of attention in Triton: a kernel for each kind of gradient, all deterministic.
+
+    rows      what the others need of every row, to scratch memory
+    keys      dk, dv: a program for each tile of keys, over the rows of all heads that share it
+    queries   dq, dtq: a program for each tile of rows, over the keys
+    mask      dmask: a program for each tile of the mask, over all that shares it
+
+Sums stay in the registers of one program, without atomics, and no buffer has M N elements; scores
+are computed again by each kernel that asks for them.
+
+tO depends on the tangents as O would on q, k, v: their gradients are the ordinary ones for dtO in
+place of dO and beta in place of delta. So dtk, dtv and dtmask are a pass of the same kernels, with
+four products a tile, where two more sums beside dk and dv would not fit into the registers. The
+mathematics is in `triton_gradients.py`.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scm_kernels import _triton
+from scm_kernels.attention import triton_gradients as gradients
+from scm_kernels.attention import triton_tiles as tiles
+from scm_kernels.attention.problem import Backward
+from scm_kernels.attention.triton_backward_config import PADDING, Row, backward_row
+from scm_kernels.attention.triton_gradients import Meta, Operands
+from scm_kernels.attention.triton_tiles import View, mask_view
+
+
+@triton.jit
+def _row_sums(x, y, total):
+    """total + rowsum(x y) in float32 of two tiles of parts."""
+    for i in tl.static_range(len(x)):
+        total += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "H"])
+def attention_backward_rows_kernel(x, out, t_out, lse, mu, M, H, META: tl.constexpr):
+    """x.lse, delta, mu, beta of a tile of rows, the last two for a dtO alone.
+
+        beta = rowsum(dtO O)        delta = rowsum(dO O) + rowsum(dtO tO)
+
+    lse becomes +inf in rows without a key, and is so in the rows that fill the last tile: P = 0 in
+    both, and no other kernel needs to ask.
+    """
+    ROWS: tl.constexpr = META.BLOCK_M
+    row_tiles = x.padded // ROWS
+    index, row = tl.program_id(0) // row_tiles, (tl.program_id(0) % row_tiles) * ROWS
+    batch, head = index // H, index % H
+    rows = row + tl.arange(0, ROWS)
+    live = rows < M
+    source = tl.cast(index, tl.int64) * M + rows
+    target = tl.cast(index, tl.int64) * x.padded + rows
+    nothing = tl.zeros([ROWS], tl.float32)
+
+    o = tiles.load_rows(out, batch, head, row, live, ROWS, META.E, META.VEC)
+    do = tiles.load_rows(x.dout, batch, head, row, live, ROWS, META.E, META.VEC)
+    delta = _row_sums(do, o, nothing)
+    if x.dt_out is not None:
+        to = tiles.load_rows(t_out, batch, head, row, live, ROWS, META.E, META.VEC)
+        dto = tiles.load_rows(x.dt_out, batch, head, row, live, ROWS, META.E, META.VEC)
+        delta = _row_sums(dto, to, delta)
+        tl.store(x.beta + target, _row_sums(dto, o, nothing))
+        tl.store(x.mu + target, tl.load(mu + source, mask=live, other=0.0))
+    tl.store(x.delta + target, delta)
+    log_sum = tl.load(lse + source, mask=live, other=-float("inf"))
+    tl.store(x.lse + target, tl.where(log_sum == -float("inf"), float("inf"), log_sum))
+
+
+# --- keys
+
+
+@triton.jit
+def _add_queries(
+    sums, keys, x, batch, head, H, row, key, M, N, scale, BOUNDS: tl.constexpr, META: tl.constexpr
+):
+    """Add what one tile of rows gives to (dk, dv) of a tile of keys; tiles are [N, M].
+
+    A product stands where its result is used, not sooner: registers are what limits this kernel.
+    """
+    P: tl.constexpr = META.PRECISION
+    dk, dv = sums
+    k, tk, v, tv = keys
+    rows, at = row + tl.arange(0, META.BLOCK_M), key + tl.arange(0, META.BLOCK_N)
+    inside, live = None, None
+    if BOUNDS:
+        inside = rows < M
+        if META.CAUSAL:
+            live = rows[None, :] >= at[:, None]
+    q, tq, do, dto = gradients.load_queries(x, batch, head, row, inside, META)
+    lse, delta, mu, beta = gradients.load_stats(x, batch * H + head, row, 0, META)
+    mask = tiles.load_mask(x.mask, batch, head, rows[None, :], at[:, None], M, N, BOUNDS)
+
+    p = gradients.probabilities(gradients.product(k, q, None, P), mask, live, lse, scale)
+    dv = gradients.add_product(dv, p, do, P)
+    g_t, centred = (), None
+    if x.dt_out is not None:
+        tmask = tiles.load_mask(x.tmask, batch, head, rows[None, :], at[:, None], M, N, BOUNDS)
+        t = gradients.product(tk, q, gradients.product(k, tq, None, P), P)
+        centred = gradients.centred(t, tmask, mu, scale)
+        if centred is not None:
+            dv = gradients.add_product(dv, p * centred, dto, P)
+        g_t = p * (gradients.product(v, dto, None, P) - beta)
+        dk = gradients.add_product(dk, g_t, tq, P)
+    a = gradients.product(tv, dto, gradients.product(v, do, None, P), P)
+    g_s = gradients.gradient_of_scores(p, a, delta, g_t, centred)
+    return gradients.add_product(dk, g_s, q, P), dv
+
+
+@triton.jit
+def _row_tiles(key, M, N, META: tl.constexpr):
+    """(first, clear, partial, end): the tiles of rows that see a tile of keys are [first, end), and
+    those in [clear, partial) see all of it and are inside of all bounds."""
+    first, clear, end = 0, 0, tl.cdiv(M, META.BLOCK_M)
+    if META.CAUSAL:
+        first = tl.minimum(key // META.BLOCK_M, end)
+        clear = tl.minimum(tl.cdiv(key + META.BLOCK_N - 1, META.BLOCK_M), end)
+    partial = tl.maximum(clear, M // META.BLOCK_M)
+    return first, clear, tl.where(key + META.BLOCK_N <= N, partial, clear), end
+
+
+@triton.jit
+def _next(head, i, count):
+    """What follows the i-th of `count` tiles of a head: its next, or the first of the next head."""
+    last = i + 1 == count
+    return tl.where(last, head + 1, head), tl.where(last, 0, i + 1)
+
+
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
+def attention_backward_keys_kernel(x, dk, dv, M, N, H, GROUP, scale, META: tl.constexpr):
+    """dk, dv of a tile of keys, over the rows of the GROUP heads that share them.
+
+        dK = scale (gS^T Q + gT^T tQ)    dV = P^T dO + tP^T dtO
+
+    A key out of bounds spoils its own sums alone, which are not stored. The loops over heads and
+    over tiles of rows are one, so that its pipeline of loads fills once.
+    """
+    KEYS: tl.constexpr = META.BLOCK_N
+    key_tiles, key_heads = tl.cdiv(N, KEYS), H // GROUP
+    pair = tl.program_id(0) // key_tiles
+    batch, key_head = pair // key_heads, pair % key_heads
+    key = (tl.program_id(0) % key_tiles) * KEYS  # those with most to do, if causal, go first
+    inside = key + tl.arange(0, KEYS) < N
+    keys = gradients.load_keys(x, batch, key_head, key, inside, META)
+    sums = gradients.zeros_for(dk, KEYS, META.D), gradients.zeros_for(dv, KEYS, META.E)
+
+    first, clear, partial, end = _row_tiles(key, M, N, META)
+    whole = partial - clear
+    rest = end - first - whole
+    head, i = key_head * GROUP, 0
+    for _ in range(rest * GROUP):
+        row = tl.where(first + i < clear, first + i, first + i + whole) * META.BLOCK_M
+        sums = _add_queries(sums, keys, x, batch, head, H, row, key, M, N, scale, True, META)
+        head, i = _next(head, i, rest)
+    head, i = key_head * GROUP, 0
+    for _ in range(whole * GROUP):
+        row = (clear + i) * META.BLOCK_M
+        sums = _add_queries(sums, keys, x, batch, head, H, row, key, M, N, scale, False, META)
+        head, i = _next(head, i, whole)
+
+    sum_k, sum_v = sums
+    inside = tl.arange(0, KEYS) < N - key  # not as above: or it stays in registers until here
+    tiles.store_rows(dk, sum_k, batch, key_head, key, inside, scale, KEYS, META.D, META.VEC)
+    tiles.store_rows(dv, sum_v, batch, key_head, key, inside, 1.0, KEYS, META.E, META.VEC)
+
+
+# --- queries
+
+
+@triton.jit
+def _gradients(
+    queries, stats, x, batch, head, key_head, row, key, M, N, scale,
+    BOUNDS: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """(gS, gT, K, tK) of a tile of rows and keys [M, N]."""
+    rows, at = row + tl.arange(0, META.BLOCK_M), key + tl.arange(0, META.BLOCK_N)
+    inside, live = None, None
+    if BOUNDS:
+        inside = at < N
+        live = inside[None, :]
+        if META.CAUSAL:
+            live = live & (rows[:, None] >= at[None, :])
+    keys = gradients.load_keys(x, batch, key_head, key, inside, META)
+    mask = tiles.load_mask(x.mask, batch, head, rows[:, None], at[None, :], M, N, BOUNDS)
+    tmask = tiles.load_mask(x.tmask, batch, head, rows[:, None], at[None, :], M, N, BOUNDS)
+    g_s, g_t = gradients.gradients(queries, keys, stats, mask, tmask, live, scale, META)
+    return g_s, g_t, keys[0], keys[1]
+
+
+@triton.jit
+def _add_keys(
+    sums, queries, stats, x, batch, head, key_head, row, key, M, N, scale,
+    BOUNDS: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of keys gives to (dq, dtq) of a tile of rows."""
+    dq, dtq = sums
+    g_s, g_t, k, tk = _gradients(
+        queries, stats, x, batch, head, key_head, row, key, M, N, scale, BOUNDS, META
+    )
+    dtq = gradients.add_product(dtq, g_t, k, META.PRECISION)
+    dq = gradients.add_product(dq, g_t, tk, META.PRECISION)
+    return gradients.add_product(dq, g_s, k, META.PRECISION), dtq
+
+
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
+def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: tl.constexpr):
+    """dq, dtq of a tile of rows, over the keys.
+
+    dQ = scale (gS K + gT tK)        dtQ = scale gT K
+    """
+    ROWS: tl.constexpr = META.BLOCK_M
+    KEYS: tl.constexpr = META.BLOCK_N
+    row_tiles = tl.cdiv(M, ROWS)
+    index, place = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    row = (row_tiles - 1 - place) * ROWS  # those with most to do, if causal, go first
+    batch, head = index // H, index % H
+    key_head = head // GROUP
+    inside = row + tl.arange(0, ROWS) < M
+    queries = gradients.load_queries(x, batch, head, row, inside, META)
+    stats = gradients.load_stats(x, index, row, 1, META)
+    sums = gradients.zeros_for(dq, ROWS, META.D), gradients.zeros_for(dtq, ROWS, META.D)
+
+    end, clear = N, N // KEYS  # tiles before `clear` are seen by all rows, and inside of all bounds
+    if META.CAUSAL:
+        end, clear = tl.minimum(N, row + ROWS), tl.minimum(clear, (row + 1) // KEYS)
+    clear = tl.where(row + ROWS <= M, clear, 0)
+    for i in range(clear):
+        sums = _add_keys(
+            sums, queries, stats, x, batch, head, key_head, row, i * KEYS, M, N, scale, False, META
+        )
+    for i in range(clear, tl.cdiv(end, KEYS)):
+        sums = _add_keys(
+            sums, queries, stats, x, batch, head, key_head, row, i * KEYS, M, N, scale, True, META
+        )
+
+    sum_q, sum_tq = sums
+    inside = tl.arange(0, ROWS) < M - row  # not as above: or it stays in registers until here
+    tiles.store_rows(dq, sum_q, batch, head, row, inside, scale, ROWS, META.D, META.VEC)
+    tiles.store_rows(dtq, sum_tq, batch, head, row, inside, scale, ROWS, META.D, META.VEC)
+
+
+# --- masks
+
+
+@triton.jit
+def _store_mask(x, total, batch, head, row, key, M, N, META: tl.constexpr):
+    """A tile of a mask's gradient, summed over the rows or keys that share an element."""
+    ROWS: tl.constexpr = 1 if x.strides[2] is None else META.BLOCK_M
+    KEYS: tl.constexpr = 1 if x.strides[3] is None else META.BLOCK_N
+    if ROWS == 1:
+        total = tl.sum(total, 0, keep_dims=True)
+    if KEYS == 1:
+        total = tl.sum(total, 1, keep_dims=True)
+    rows, keys = (row + tl.arange(0, ROWS))[:, None], (key + tl.arange(0, KEYS))[None, :]
+    at, inside = tiles.mask_place(x, batch, head, rows, keys, M, N)
+    nowhere = tl.zeros([ROWS, KEYS], tl.int32)  # gives both the shape of the tile
+    tl.store(at + nowhere, total.to(x.data.dtype.element_ty), mask=inside & (nowhere == 0))
+
+
+@triton.jit(do_not_specialize=["M", "N", "B", "H", "GROUP"])
+def attention_backward_mask_kernel(x, dmask, M, N, B, H, GROUP, scale, META: tl.constexpr):
+    """dmask = gS of a tile of a mask, summed over everything that shares it."""
+    ROWS: tl.constexpr = META.BLOCK_M
+    KEYS: tl.constexpr = META.BLOCK_N
+    row_tiles, key_tiles = tl.cdiv(M, ROWS), tl.cdiv(N, KEYS)
+    first_batch, last_batch, first_head, last_head = 0, B - 1, 0, H - 1
+    first_row, last_row, first_key, last_key = 0, row_tiles - 1, 0, key_tiles - 1
+    place = tl.program_id(0)
+    if dmask.strides[3] is not None:
+        first_key, last_key, place = place % key_tiles, place % key_tiles, place // key_tiles
+    if dmask.strides[2] is not None:
+        first_row, last_row, place = place % row_tiles, place % row_tiles, place // row_tiles
+    if dmask.strides[1] is not None:
+        first_head, last_head, place = place % H, place % H, place // H
+    if dmask.strides[0] is not None:
+        first_batch, last_batch = place, place
+
+    total = tl.zeros([ROWS, KEYS], tl.float32)
+    for batch in range(first_batch, last_batch + 1):
+        for head in range(first_head, last_head + 1):
+            for i in range(first_row, last_row + 1):
+                row = i * ROWS
+                inside = row + tl.arange(0, ROWS) < M
+                queries = gradients.load_queries(x, batch, head, row, inside, META)
+                stats = gradients.load_stats(x, batch * H + head, row, 1, META)
+                last = last_key
+                if META.CAUSAL:
+                    last = tl.minimum(last, (row + ROWS - 1) // KEYS)
+                for j in range(first_key, last + 1):
+                    g_s, _, _, _ = _gradients(
+                        queries, stats, x, batch, head, head // GROUP, row, j * KEYS, M, N, scale,
+                        True, META,
+                    )  # fmt: skip
+                    total += g_s
+    row, key = first_row * ROWS, first_key * KEYS
+    _store_mask(dmask, total, first_batch, first_head, row, key, M, N, META)
+
+
+# --- host
+
+
+def launch_attention_backward(problem: Backward, precision: str) -> None:
+    """Write the gradients that are wanted; `precision` is that of products in float32."""
+    p = problem
+    wanted = p.dq, p.dk, p.dv, p.dtq, p.dtk, p.dtv
+    written = [_rowwise(x) for x in wanted]
+    passes = _Passes(p, precision, written)
+    dq, dk, dv, dtq, dtk, dtv = map(passes.view, written)
+    passes.rows()
+    passes.keys(passes.operands, dk, dv)
+    passes.keys(passes.of_tangents, dtk, dtv)
+    if dq is not None:
+        passes.queries(passes.operands, dq, dtq)  # dtq costs one more product here
+    else:
+        passes.queries(passes.of_tangents, dtq, None)
+    passes.mask(passes.operands, mask_view(p.dmask))
+    passes.mask(passes.of_tangents, mask_view(p.dtmask))
+    for to, x in zip(wanted, written, strict=True):
+        if to is not x:
+            to.copy_(x)
+
+
+def _rowwise(x: Tensor | None) -> Tensor | None:
+    """A gradient, or what is copied to it if its last dimension is not contiguous."""
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class _Passes:
+    """The kernels on a problem, each for the gradients that it is given and that are not None."""
+
+    def __init__(self, problem: Backward, precision: str, written: list[Tensor | None]):
+        p = self.problem = problem
+        self.precision = precision
+        (self.b, self.h, self.m, self.d), (self.hk, self.n, self.e) = p.q.shape, p.v.shape[1:]
+        inputs = p.q, p.k, p.v, p.tq, p.tk, p.tv, p.dout, p.dt_out, p.out, p.t_out
+        self.vec = _triton.vector(*inputs, *written)
+        q, k, v, tq, tk, tv, dout, dt_out, self.out, self.t_out = map(self.view, inputs)
+        mask, tmask = mask_view(p.mask), mask_view(p.tmask)
+        padded = triton.cdiv(self.m, PADDING) * PADDING
+        scratch = p.lse.new_empty(2 if dt_out is None else 4, self.b * self.h, padded)
+        lse, delta, mu, beta = (*scratch, None, None)[:4]
+        self.operands = Operands(
+            q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, padded, lse, delta, mu, beta
+        )
+        self.of_tangents = Operands(
+            q, k, v, None, None, None, mask, None, dt_out, None, padded, lse, beta, None, None
+        )
+
+    def view(self, x: Tensor | None) -> View | None:
+        return None if x is None else View(x, _triton.strides(x, self.vec))
+
+    def rows(self) -> None:
+        p, row = self.problem, self._row("rows", self.operands)
+        programs = self.b * self.h * (self.operands.padded // row.block_m)
+        arguments = self.operands, self.out, self.t_out, p.lse, p.mu, self.m, self.h
+        self._launch(attention_backward_rows_kernel, row, programs, *arguments)
+
+    def keys(self, x: Operands, dk: View | None, dv: View | None) -> None:
+        if dk is not None or dv is not None:
+            row = self._row("keys", x)
+            programs = self.b * self.hk * triton.cdiv(self.n, row.block_n)
+            arguments = x, dk, dv, self.m, self.n, self.h, self.h // self.hk, self.problem.scale
+            self._launch(attention_backward_keys_kernel, row, programs, *arguments)
+
+    def queries(self, x: Operands, dq: View | None, dtq: View | None) -> None:
+        if dq is not None:
+            row = self._row("queries", x, dtq)
+            programs = self.b * self.h * triton.cdiv(self.m, row.block_m)
+            arguments = x, dq, dtq, self.m, self.n, self.h, self.h // self.hk, self.problem.scale
+            self._launch(attention_backward_queries_kernel, row, programs, *arguments)
+
+    def mask(self, x: Operands, dmask: View | None) -> None:
+        if dmask is not None:
+            row = self._row("mask", x)
+            tiles_of = triton.cdiv(self.m, row.block_m), triton.cdiv(self.n, row.block_n)
+            counts = zip((self.b, self.h, *tiles_of), dmask.strides, strict=True)
+            programs = math.prod(1 if stride is None else count for count, stride in counts)
+            arguments = x, dmask, self.m, self.n, self.b, self.h, self.h // self.hk
+            self._launch(
+                attention_backward_mask_kernel, row, programs, *arguments, self.problem.scale
+            )
+
+    def _row(self, kernel: str, x: Operands, dtq: View | None = None) -> Row:
+        through = "out" if x.dt_out is None else "t_out" if dtq is None else "t_out, dtq"
+        return backward_row(kernel, through, self.problem.q.dtype, max(self.d, self.e))
+
+    def _launch(self, kernel, row: Row, programs: int, *arguments) -> None:
+        meta = Meta(
+            row.features(self.d),
+            row.features(self.e),
+            self.vec,
+            self.problem.causal,
+            self.precision,
+            row.block_m,
+            row.block_n,
+        )
+        _triton.launch(kernel, programs, self.problem.q, *arguments, meta, **row.options())

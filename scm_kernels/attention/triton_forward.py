@@ -1,0 +1,357 @@
+"""The forward of attention and its tangent in Triton: one kernel, one pass over the keys.
+
+A program has a tile of rows of one head, and walks along the keys: first the tiles that all of its
+rows see whole, then those at the end of the keys and on the causal diagonal, with bounds. What the
+loop keeps is the dual online softmax, `_State`. Formulas and symbols are those of `reference.py`;
+scores are in units of log 2, for exp2.
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from scm_kernels import _triton
+from scm_kernels.attention import triton_tiles as tiles
+from scm_kernels.attention.problem import Forward
+from scm_kernels.attention.triton_config import forward_tiles, parts
+from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_view
+
+SUMS = tl.constexpr(8)  # columns of `_State.sums`: those of one tensor core product
+
+
+class Inputs(NamedTuple):
+    """Absent tensors are None."""
+
+    q: View
+    k: View
+    v: View
+    tq: View | None
+    tk: View | None
+    tv: View | None
+    mask: View | None
+    tmask: View | None
+
+
+class Meta(NamedTuple):
+    """What the kernel is compiled for."""
+
+    D: Features
+    E: Features
+    VEC: int
+    CAUSAL: bool
+    PRECISION: str
+    BLOCK_M: int
+    BLOCK_N: int
+    REST: int  # keys of a tile with bounds or under a mask
+    SIGN: int  # of the scale: queries are multiplied by it, so that the scale itself is positive
+
+
+class _State(NamedTuple):
+    """The dual online softmax of a tile of rows."""
+
+    m: tl.tensor  # [M] largest score
+    l: tl.tensor  # [M] sum of p
+    mu: tl.tensor  # [M] sum of h
+    c: tl.tensor  # [M] shift of T
+    sums: tl.tensor  # [M, SUMS] sums of p and h as they are rounded for the products; () in float32
+    acc: tuple  # [M, features] in parts: sum of p V
+    tacc: tuple  # sum of h V + p tV; () without a tangent
+
+
+# --- one tile
+
+
+@triton.jit
+def _scores(q, tq, k, tk, PRECISION: tl.constexpr):
+    """Raw S = Q K^T and T = tQ K^T + Q tK^T, (None: no such tangent), with keys [features, N].
+
+    Part by part, so that a part of K is in registers for both of its products.
+    """
+    s, t = None, None
+    for i in tl.static_range(len(k)):
+        s = _dot(q[i], k[i], s, PRECISION)
+        if len(tq) > 0:
+            t = _dot(tq[i], k[i], t, PRECISION)
+        if len(tk) > 0:
+            t = _dot(q[i], tk[i], t, PRECISION)
+    return s, t
+
+
+@triton.jit
+def _dot(x, y, total, PRECISION: tl.constexpr):
+    if total is None:
+        return tl.dot(x, y, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _values(state, a, p, h, v, tv, PRECISION: tl.constexpr):
+    """(sums, acc, tacc) with the products of this tile; h may be None."""
+    low = p.to(v[0].dtype)
+    sums, acc, tacc = state.sums, (), ()
+    if h is not None:
+        h = h.to(v[0].dtype)
+    if len(sums) > 0:
+        # Row sums of what the products see, by products with ones: no conversion back is needed.
+        ones = tl.full([p.shape[1], SUMS], 1.0, low.dtype)
+        sums = (_dot(low, ones, sums[0] * a[:, None], PRECISION),)
+        if h is not None:
+            sums = sums + (_dot(h, ones, state.sums[1] * a[:, None], PRECISION),)
+    for i in tl.static_range(len(v)):
+        acc = acc + (_dot(low, v[i], state.acc[i] * a[:, None], PRECISION),)
+        if len(state.tacc) > 0:
+            x = state.tacc[i] * a[:, None]
+            if h is not None:
+                x = _dot(h, v[i], x, PRECISION)
+            if len(tv) > 0:
+                x = _dot(low, tv[i], x, PRECISION)
+            tacc = tacc + (x,)
+    return sums, acc, tacc
+
+
+@triton.jit
+def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
+    """Take in a tile of keys without a mask. Every row has seen a key when it is added; c is known.
+
+    `live`: which of the keys are inside of the bounds; None: all.
+    """
+    k, tk, v, tv = keys
+    s, t = _scores(q, tq, k, tk, META.PRECISION)
+    if live is not None:
+        s = tl.where(live, s, -float("inf"))
+    m = tl.maximum(state.m, tl.max(s, 1) * scale2)
+    a = tl.exp2(state.m - m)
+    p = tl.exp2(s * scale2 - m[:, None])
+    mu, h = state.mu, None
+    if t is not None:
+        h = p * (t * scale - state.c[:, None])
+        mu = mu * a + tl.sum(h, 1)
+    sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
+    return _State(m, state.l * a + tl.sum(p, 1), mu, state.c, sums, acc, tacc)
+
+
+@triton.jit
+def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, scale2, META: tl.constexpr):
+    """Take in a tile of keys under a mask: a row may see none of them, none of all keys, or its
+    first ones, which then give it its c.
+    """
+    k, tk, v, tv = keys
+    s, t = _scores(q, tq, k, tk, META.PRECISION)
+    s = s * scale2
+    if mask.dtype == tl.int1:
+        live = live & mask
+    else:
+        s += mask.to(tl.float32) * LOG2E
+        live = live & (s != -float("inf"))
+    s = tl.where(live, s, -float("inf"))
+    m = tl.maximum(state.m, tl.max(s, 1))
+    finite = tl.where(m == -float("inf"), 0.0, m)
+    a = tl.exp2(state.m - finite)
+    p = tl.exp2(s - finite[:, None])
+    if t is not None:
+        t = t * scale
+        if tmask is not None:
+            t += tmask.to(tl.float32)
+    elif tmask is not None:
+        t = tl.zeros_like(s) + tmask.to(tl.float32)
+    mu, c, h = state.mu, state.c, None
+    if t is not None:
+        t = tl.where(live, t, 0.0)
+        c = tl.where(state.l == 0, _mean(t, live), c)
+        h = p * (t - c[:, None])
+        mu = mu * a + tl.sum(h, 1)
+    sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
+    return _State(m, state.l * a + tl.sum(p, 1), mu, c, sums, acc, tacc)
+
+
+@triton.jit
+def _mean(t, live):
+    """The mean over a row's live keys of t, which is 0 at the others; 0 in a row without any."""
+    return tl.sum(t, 1) / tl.maximum(tl.sum(live.to(tl.float32), 1), 1.0)
+
+
+# --- tiles of keys
+
+
+@triton.jit
+def _load(
+    x, batch, head, key, live, KEYS: tl.constexpr, F: tl.constexpr, TURNED: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """KEYS keys of a head from `key` on, () of an absent tensor."""
+    if x is None:
+        return ()
+    else:
+        start = tiles.head_start(x.data, x.strides, batch, head, VEC)
+        start = tiles.row_start(start, x.strides, key, VEC)
+        if TURNED:
+            return tiles.load_turned(start, x.strides, live, KEYS, F.parts, F.width, VEC)
+        else:
+            return tiles.load(start, x.strides, live, KEYS, F.parts, F.width, VEC)
+
+
+@triton.jit
+def _load_keys(x, batch, head, key, live, KEYS: tl.constexpr, META: tl.constexpr):
+    """(k, tk, v, tv) of a tile; k and tk are [features, N]."""
+    return (
+        _load(x.k, batch, head, key, live, KEYS, META.D, True, META.VEC),
+        _load(x.tk, batch, head, key, live, KEYS, META.D, True, META.VEC),
+        _load(x.v, batch, head, key, live, KEYS, META.E, False, META.VEC),
+        _load(x.tv, batch, head, key, live, KEYS, META.E, False, META.VEC),
+    )
+
+
+@triton.jit
+def _live(rows, keys, N, META: tl.constexpr):
+    """Which keys of a tile take part, by the bounds alone: [1 or M, N]."""
+    live = (keys < N)[None, :]
+    if META.CAUSAL:
+        live = live & (keys[None, :] <= rows[:, None])
+    return live
+
+
+@triton.jit
+def _first_shift(q, tq, x, batch, head, rows, N, scale, META: tl.constexpr):
+    """c, the mean of T over the live keys of the first tile; every row has one without a mask."""
+    keys = tl.arange(0, META.REST)
+    k = _load(x.k, batch, head, 0, keys < N, META.REST, META.D, True, META.VEC)
+    tk = _load(x.tk, batch, head, 0, keys < N, META.REST, META.D, True, META.VEC)
+    _, t = _scores(q, tq, k, tk, META.PRECISION)
+    live = tl.broadcast_to(_live(rows, keys, N, META), t.shape)
+    return _mean(tl.where(live, t, 0.0), live) * scale
+
+
+# --- the kernel
+
+
+@triton.jit
+def _load_queries(x, batch, head, row, inside, META: tl.constexpr):
+    """A tile of rows times the sign of the scale, which is exact in every dtype."""
+    q = tiles.load_rows(x, batch, head, row, inside, META.BLOCK_M, META.D, META.VEC)
+    if META.SIGN != 1:
+        signed = ()
+        for i in tl.static_range(len(q)):
+            signed = signed + ((q[i].to(tl.float32) * META.SIGN).to(q[i].dtype),)
+        q = signed
+    return q
+
+
+@triton.jit
+def _start(x, META: tl.constexpr):
+    """The state before the first key."""
+    nothing = tl.zeros([META.BLOCK_M], tl.float32)
+    sums, tacc = (), ()
+    if x.v.data.dtype.element_ty != tl.float32:
+        sums = (tl.zeros([META.BLOCK_M, SUMS], tl.float32),)
+        if not (x.tq is None and x.tk is None and x.tmask is None):
+            sums = sums + (tl.zeros([META.BLOCK_M, SUMS], tl.float32),)
+    if not (x.tq is None and x.tk is None and x.tv is None and x.tmask is None):
+        tacc = tiles.zeros(META.BLOCK_M, META.E.parts)
+    acc = tiles.zeros(META.BLOCK_M, META.E.parts)
+    return _State(nothing - float("inf"), nothing, nothing, nothing, sums, acc, tacc)
+
+
+@triton.jit
+def _finish(state, META: tl.constexpr):
+    """(O, tO, lse, mu), normalised by the sums of what the products have seen."""
+    dead = state.l == 0
+    l = tl.where(dead, 1.0, state.l)
+    p_sum, h_sum = l, state.mu
+    if len(state.sums) > 0:
+        p_sum = tl.where(dead, 1.0, tl.max(state.sums[0], 1))  # all columns are alike
+        if len(state.sums) > 1:
+            h_sum = tl.max(state.sums[1], 1)
+    out, t_out = (), ()
+    for i in tl.static_range(len(state.acc)):
+        o = state.acc[i] / p_sum[:, None]
+        out = out + (o,)
+        if len(state.tacc) > 0:
+            t_out = t_out + (state.tacc[i] / p_sum[:, None] - (h_sum / p_sum)[:, None] * o,)
+        else:
+            t_out = t_out + (tl.zeros_like(o),)
+    lse = (state.m + tl.log2(l)) / LOG2E
+    return out, t_out, lse, tl.where(dead, 0.0, state.mu / l + state.c)
+
+
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
+def attention_forward_kernel(
+    x, out, t_out, lse, mu, M, N, H, GROUP, scale, scale2, META: tl.constexpr
+):
+    """out, t_out, lse, mu of a tile of rows. scale is |scale|, scale2 the same over log 2."""
+    row_tiles = tl.cdiv(M, META.BLOCK_M)
+    index, place = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    row = (row_tiles - 1 - place) * META.BLOCK_M  # the last, with most to do if causal, go first
+    batch, head = index // H, index % H
+    key_head = head // GROUP
+    rows = row + tl.arange(0, META.BLOCK_M)
+    inside = rows < M
+    q = _load_queries(x.q, batch, head, row, inside, META)
+    tq = _load_queries(x.tq, batch, head, row, inside, META)
+    state = _start(x, META)
+    end, whole = N, 0  # keys that a row sees; those that all rows see, in whole tiles
+    if META.CAUSAL:
+        end = tl.minimum(N, row + META.BLOCK_M)
+    if x.mask is None:
+        if not (x.tq is None and x.tk is None):
+            c = _first_shift(q, tq, x, batch, key_head, rows, N, scale, META)
+            state = _State(state.m, state.l, state.mu, c, state.sums, state.acc, state.tacc)
+        whole = N // META.BLOCK_N * META.BLOCK_N
+        if META.CAUSAL:
+            whole = tl.minimum(whole, (row + 1) // META.BLOCK_N * META.BLOCK_N)
+        for key in range(0, whole, META.BLOCK_N):
+            keys = _load_keys(x, batch, key_head, key, None, META.BLOCK_N, META)
+            state = _add_tile(state, q, tq, keys, None, scale, scale2, META)
+    for key in range(whole, end, META.REST):
+        at = key + tl.arange(0, META.REST)
+        keys = _load_keys(x, batch, key_head, key, at < N, META.REST, META)
+        live = _live(rows, at, N, META)
+        if x.mask is None:
+            state = _add_tile(state, q, tq, keys, live, scale, scale2, META)
+        else:
+            mask = tiles.load_mask(x.mask, batch, head, rows[:, None], at[None, :], M, N, True)
+            tmask = tiles.load_mask(x.tmask, batch, head, rows[:, None], at[None, :], M, N, True)
+            state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, scale2, META)
+
+    o, to, log_sum, mean = _finish(state, META)
+    inside = tl.arange(0, META.BLOCK_M) < M - row  # not as above: it would be kept in registers
+    tiles.store_rows(out, o, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
+    tiles.store_rows(t_out, to, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
+    at = tl.cast(index, tl.int64) * M + row + tl.arange(0, META.BLOCK_M)
+    tl.store(lse + at, log_sum, inside)
+    tl.store(mu + at, mean, inside)
+
+
+# --- host
+
+
+def launch_attention_forward(problem: Forward, precision: str) -> None:
+    """Write out, t_out, lse, mu; `precision` is that of products in float32."""
+    p = problem
+    (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
+    row = forward_tiles(p.q.dtype, d, e)
+    rowwise = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.out, p.t_out)
+    vec = _triton.vector(*rowwise)
+    *views, out, t_out = (None if x is None else View(x, _triton.strides(x, vec)) for x in rowwise)
+    x = Inputs(*views, mask_view(p.mask), mask_view(p.tmask))
+    meta = Meta(
+        Features(d, parts(d, row.widest_d)),
+        Features(e, parts(e, row.widest_e)),
+        vec,
+        p.causal,
+        precision,
+        row.block_m,
+        row.block_n,
+        row.rest if p.mask is None else row.masked,
+        (p.scale > 0) - (p.scale < 0),
+    )
+    scale = abs(p.scale) or 1.0
+    _triton.launch(
+        attention_forward_kernel,
+        triton.cdiv(m, row.block_m) * b * h,
+        p.q,
+        *(x, out, t_out, p.lse, p.mu, m, n, h, h // hk, scale, scale / math.log(2), meta),
+        **row.options(),
+    )

@@ -1,0 +1,181 @@
+"""What the backward kernels in Triton are made of: their arguments, and the mathematics of a tile.
+
+Formulas and symbols are those of `reference.py`, with two differences. A tile lies as rows by keys
+[M, N] or as keys by rows [N, M], whichever its sums ask for: the functions take what belongs to
+rows (lse, delta, mu, beta, indices) as [M, 1] or as [1, M], and a product over features is that of
+what lies first with what lies second. And terms are collected around X, so that a component that
+all of tK shares cancels before anything is multiplied:
+
+    X  = T - mu       tP = P X       gT = P (B - beta)       gS = P (A - delta) + gT X
+
+    with delta = rowsum(dO O) + rowsum(dtO tO), which is the reference's + mu beta
+
+A tensor that is absent is a tile without parts, (), and a product with it is nothing: Triton has no
+None inside of tuples.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scm_kernels.attention import triton_tiles as tiles
+from scm_kernels.attention.triton_tiles import LOG2E, Features, View
+
+
+class Operands(NamedTuple):
+    """What gradients are computed from; absent tensors are None."""
+
+    q: View
+    k: View
+    v: View
+    tq: View | None
+    tk: View | None
+    tv: View | None
+    mask: View | None
+    tmask: View | None
+    dout: View | None
+    dt_out: View | None
+
+    # Of `attention_backward_rows_kernel`: [B H, padded] float32; the last two for a dtO alone.
+    padded: int
+    lse: Tensor
+    delta: Tensor
+    mu: Tensor | None
+    beta: Tensor | None
+
+
+class Meta(NamedTuple):
+    """What a kernel is compiled for."""
+
+    D: Features
+    E: Features
+    VEC: int
+    CAUSAL: bool
+    PRECISION: str
+    BLOCK_M: int
+    BLOCK_N: int
+
+
+# --- loads
+
+
+@triton.jit
+def load_queries(x, batch, head, row, live, META: tl.constexpr):
+    """(q, tq, do, dto) of a tile of rows; `live` [M] says which are there, None: all."""
+    q = tiles.load_rows(x.q, batch, head, row, live, META.BLOCK_M, META.D, META.VEC)
+    tq = tiles.load_rows(x.tq, batch, head, row, live, META.BLOCK_M, META.D, META.VEC)
+    do = tiles.load_rows(x.dout, batch, head, row, live, META.BLOCK_M, META.E, META.VEC)
+    dto = tiles.load_rows(x.dt_out, batch, head, row, live, META.BLOCK_M, META.E, META.VEC)
+    return q, tq, do, dto
+
+
+@triton.jit
+def load_keys(x, batch, head, key, live, META: tl.constexpr):
+    """(k, tk, v, tv) of a tile of keys."""
+    k = tiles.load_rows(x.k, batch, head, key, live, META.BLOCK_N, META.D, META.VEC)
+    tk = tiles.load_rows(x.tk, batch, head, key, live, META.BLOCK_N, META.D, META.VEC)
+    v = tiles.load_rows(x.v, batch, head, key, live, META.BLOCK_N, META.E, META.VEC)
+    tv = tiles.load_rows(x.tv, batch, head, key, live, META.BLOCK_N, META.E, META.VEC)
+    return k, tk, v, tv
+
+
+@triton.jit
+def load_stats(x, index, row, AXIS: tl.constexpr, META: tl.constexpr):
+    """(lse, delta, mu, beta) of a tile of rows, [1, M] (AXIS 0) or [M, 1]; () for those absent."""
+    start = tl.cast(index, tl.int64) * x.padded + row
+    rows = tl.expand_dims(tl.arange(0, META.BLOCK_M), AXIS)
+    mu, beta = (), ()
+    if x.mu is not None:
+        mu, beta = tl.load(x.mu + start + rows), tl.load(x.beta + start + rows)
+    return tl.load(x.lse + start + rows), tl.load(x.delta + start + rows), mu, beta
+
+
+# --- mathematics
+
+
+@triton.jit
+def zeros_for(x, ROWS: tl.constexpr, F: tl.constexpr):
+    """The sums of a gradient, none if nobody wants it."""
+    if x is None:
+        return ()
+    else:
+        return tiles.zeros(ROWS, F.parts)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b^T over features; None is zero, and so is a product with an absent tile."""
+    if len(a) == 0 or len(b) == 0:
+        return total
+    else:
+        return tiles.over_features(a, b, total, PRECISION)
+
+
+@triton.jit
+def add_product(sums, weights, x, PRECISION: tl.constexpr):
+    """sums + weights x over rows or keys, for sums that are wanted and an x that is there."""
+    if len(sums) == 0 or len(x) == 0:
+        return sums
+    else:
+        return tiles.over_keys(weights.to(x[0].dtype), x, sums, PRECISION)
+
+
+@triton.jit
+def probabilities(s, mask, live, lse, scale):
+    """P from raw products of Q and K; lse is +inf in a row without a key.
+
+    log2(e), for exp2, multiplies the difference: in units of log 2, large scores and their lse
+    would lose float32 its last digits.
+    """
+    if mask is None:
+        s = s * scale - lse
+    elif mask.dtype == tl.int1:
+        s = tl.where(mask, s * scale - lse, -float("inf"))
+    else:
+        s = s * scale + (mask.to(tl.float32) - lse)
+    if live is not None:
+        s = tl.where(live, s, -float("inf"))
+    return tl.exp2(s * LOG2E)
+
+
+@triton.jit
+def centred(t, tmask, mu, scale):
+    """X = T - mu from raw products; None: the scores have no tangent, and mu is 0."""
+    x = None
+    if t is not None:
+        x = t * scale - mu
+        if tmask is not None:
+            x += tmask.to(tl.float32)
+    elif tmask is not None:
+        x = tmask.to(tl.float32) - mu
+    return x
+
+
+@triton.jit
+def gradient_of_scores(p, a, delta, g_t, x):
+    """gS; an `a` of None is zero, and so is gT X for an x of None."""
+    if a is None:
+        g_s = p * -delta
+    else:
+        g_s = p * (a - delta)
+    if x is not None:
+        g_s += g_t * x
+    return g_s
+
+
+@triton.jit
+def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr):
+    """(gS, gT) of a tile [M, N]; gT is () without a dtO."""
+    P: tl.constexpr = META.PRECISION
+    q, tq, do, dto = queries
+    k, tk, v, tv = keys
+    lse, delta, mu, beta = stats
+    p = probabilities(product(q, k, None, P), mask, live, lse, scale)
+    g_t, x = (), None
+    if len(dto) > 0:
+        g_t = p * (product(dto, v, None, P) - beta)
+        x = centred(product(q, tk, product(tq, k, None, P), P), tmask, mu, scale)
+    a = product(dto, tv, product(do, v, None, P), P)
+    return gradient_of_scores(p, a, delta, g_t, x), g_t

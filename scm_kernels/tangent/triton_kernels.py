@@ -1,0 +1,211 @@
+"""The tangent's kernels in Triton: the formulas of `reference.py`, one tile of samples a step.
+
+A tile is ROWS samples by COLUMNS elements. g is combined in float32 and its squares are summed in
+float64, an accumulator for each element of a tile and then a tree: nothing is atomic, so the order
+depends on the shape and the alignment alone. A large sample is cut into parts, one program each.
+
+`inputs` are F, V, X, J, and `f_row` to `j_row` what is between the starts of their rows. That and D
+count VEC elements: the compiler then knows that all rows start and end at multiples of VEC, and
+makes accesses of VEC elements. They are int64, so that addresses are.
+"""
+
+import triton
+import triton.language as tl
+
+# No kernel for each value of these.
+_RUNTIME = ["f_row", "v_row", "x_row", "j_row", "B", "D", "parts", "count", "c", "lost"]
+
+
+@triton.jit
+def _scalars(coefficients, rows, live):
+    """a, b, k, d [ROWS] in float64."""
+    scalars = ()
+    for i in tl.static_range(4):
+        scalars = scalars + (tl.load(coefficients + rows * 4 + i, mask=live, other=0.0),)
+    return scalars
+
+
+@triton.jit
+def _mask(live, columns, size):
+    """[ROWS, COLUMNS]: samples that are live, elements before the end."""
+    return live[:, None] & (columns < size)[None, :]
+
+
+@triton.jit
+def _combine(inputs, strides, scalars, rows, start, mask, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """g [ROWS, COLUMNS] from element `start` on, in float32; zeros where the mask is off."""
+    g = 0.0
+    for i in tl.static_range(4):
+        at = inputs[i] + start + (rows * strides[i] * VEC)[:, None] + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0)
+        g += scalars[i].to(tl.float32)[:, None] * x.to(tl.float32)
+    return g
+
+
+@triton.jit
+def _write(out, x, rows, start, mask, D, COLUMNS: tl.constexpr, VEC: tl.constexpr):
+    """x [ROWS, COLUMNS] from element `start` on, rounded, into rows that have no gaps."""
+    at = out + start + (rows * D * VEC)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    tl.store(at, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _total(sums, sample, parts, PARTS: tl.constexpr):
+    """The sum of a sample's parts, at most PARTS."""
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(sums + sample * parts + part, mask=part < parts, other=0.0), axis=0)
+
+
+@triton.jit
+def _scale(squares, count, c):
+    """s = 1 / (||g|| + c), with ||g|| / sqrt(count) for ||g||."""
+    return (1.0 / (tl.sqrt(squares / count) + c)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def tangent_norm_kernel(
+    inputs,
+    f_row: tl.int64,
+    v_row: tl.int64,
+    x_row: tl.int64,
+    j_row: tl.int64,
+    coefficients,
+    sums,
+    B: tl.int64,
+    D: tl.int64,
+    parts: tl.int64,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """sums [B, parts] of g^2 over a part of a sample, g = a F + b V + k X + d J."""
+    program, strides = tl.program_id(0).to(tl.int64), (f_row, v_row, x_row, j_row)
+    rows, part = program // parts * ROWS + tl.arange(0, ROWS), program % parts
+    live = rows < B
+    scalars = _scalars(coefficients, rows, live)
+    tiles = tl.cdiv(D * VEC, COLUMNS)
+    each = tl.cdiv(tiles, parts)
+    squares = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for tile in range(part * each, tl.minimum(part * each + each, tiles)):
+        start = tile * COLUMNS
+        mask = _mask(live, tl.arange(0, COLUMNS), D * VEC - start)
+        g = _combine(inputs, strides, scalars, rows, start, mask, COLUMNS, VEC).to(tl.float64)
+        squares += g * g
+    tl.store(sums + rows * parts + part, tl.sum(squares, axis=1), mask=live)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def tangent_sum_kernel(sums, squares, parts: tl.int64, PARTS: tl.constexpr):
+    """squares [B] = the sums [B, parts] of `tangent_norm_kernel`, added up."""
+    sample = tl.program_id(0).to(tl.int64)
+    tl.store(squares + sample, _total(sums, sample, parts, PARTS))
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def tangent_apply_kernel(
+    inputs,
+    f_row: tl.int64,
+    v_row: tl.int64,
+    x_row: tl.int64,
+    j_row: tl.int64,
+    coefficients,
+    out,
+    B: tl.int64,
+    D: tl.int64,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """out = a F + b V + k X + d J, one tile a program; zeros where a, b, k, d are all zero."""
+    program, strides = tl.program_id(0).to(tl.int64), (f_row, v_row, x_row, j_row)
+    tiles = tl.cdiv(D * VEC, COLUMNS)
+    rows, start = program // tiles * ROWS + tl.arange(0, ROWS), program % tiles * COLUMNS
+    live = rows < B
+    a, b, k, d = _scalars(coefficients, rows, live)
+    # A sample that is left out is not read: it may hold NaN.
+    read = (a != 0.0) | (b != 0.0) | (k != 0.0) | (d != 0.0)
+    columns, size = tl.arange(0, COLUMNS), D * VEC - start
+    mask = _mask(read, columns, size)
+    g = _combine(inputs, strides, (a, b, k, d), rows, start, mask, COLUMNS, VEC)
+    _write(out, g, rows, start, _mask(live, columns, size), D, COLUMNS, VEC)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def tangent_normalize_kernel(
+    inputs,
+    f_row: tl.int64,
+    v_row: tl.int64,
+    x_row: tl.int64,
+    j_row: tl.int64,
+    coefficients,
+    out,
+    B: tl.int64,
+    D: tl.int64,
+    count: tl.float64,
+    c: tl.float64,
+    lost: tl.float32,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """out = s g, s = 1 / (||g|| / sqrt(count) + c), in one read: g of a sample, PIECES tiles of it,
+    stays in registers. `lost` where the sum of squares is not finite.
+    """
+    strides = (f_row, v_row, x_row, j_row)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < B
+    scalars = _scalars(coefficients, rows, live)
+    # A sample in pieces is alone in its program, and only its last piece may end early.
+    last = _mask(live, (PIECES - 1) * COLUMNS + tl.arange(0, COLUMNS), D * VEC)
+    pieces, squares = (), tl.zeros([ROWS, COLUMNS], tl.float64)
+    for i in tl.static_range(PIECES):
+        mask = None if i < PIECES - 1 else last
+        g = _combine(inputs, strides, scalars, rows, i * COLUMNS, mask, COLUMNS, VEC)
+        squares += g.to(tl.float64) * g.to(tl.float64)
+        pieces = pieces + (g,)
+    total = tl.sum(squares, axis=1)
+    finite, s = (total < float("inf"))[:, None], _scale(total, count, c)[:, None]
+    for i in tl.static_range(PIECES):
+        mask = None if i < PIECES - 1 else last
+        scaled = tl.where(finite, pieces[i] * s, lost)
+        _write(out, scaled, rows, i * COLUMNS, mask, D, COLUMNS, VEC)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def tangent_scale_kernel(
+    inputs,
+    f_row: tl.int64,
+    v_row: tl.int64,
+    x_row: tl.int64,
+    j_row: tl.int64,
+    coefficients,
+    sums,
+    out,
+    D: tl.int64,
+    parts: tl.int64,
+    count: tl.float64,
+    c: tl.float64,
+    lost: tl.float32,
+    COLUMNS: tl.constexpr,
+    VEC: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """out = s g as in `tangent_normalize_kernel`, for a part of a sample: the sums [B, parts] are
+    those of `tangent_norm_kernel`, over the same parts.
+    """
+    # From the end, of which the cache still holds most.
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    sample, part, strides = program // parts, program % parts, (f_row, v_row, x_row, j_row)
+    total = _total(sums, sample, parts, PARTS)
+    finite, s = total < float("inf"), _scale(total, count, c)
+    rows = sample + tl.arange(0, 1)
+    live = rows >= 0  # that one sample is
+    scalars = _scalars(coefficients, rows, live)
+    tiles = tl.cdiv(D * VEC, COLUMNS)
+    each = tl.cdiv(tiles, parts)
+    for tile in range(part * each, tl.minimum(part * each + each, tiles)):
+        start = tile * COLUMNS
+        mask = _mask(live, tl.arange(0, COLUMNS), D * VEC - start)
+        g = _combine(inputs, strides, scalars, rows, start, mask, COLUMNS, VEC)
+        _write(out, tl.where(finite, g * s, lost), rows, start, mask, D, COLUMNS, VEC)
