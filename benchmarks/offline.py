@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
@@ -29,11 +33,18 @@ from scm_kernels import _backends, _triton
 TOOLS = Path(__file__).parents[2] / "shared" / "tools"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_MEMORY = {  # bytes a block
+    "sm_80": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}
 
 
 def tool(name: str) -> ModuleType:
@@ -66,6 +77,15 @@ class Launch:
     def shared(self) -> int:
         """Bytes of shared memory a block."""
         return self.metadata.shared
+
+    def local_memory(self) -> int:
+        """Bytes of local memory a thread, which is where registers spill to; NVIDIA alone."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.code("cubin"))
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("STACK", "LOCAL"))
+        return stack + local
 
     def code(self, stage: str) -> bytes:
         """What the compiler made: "ptx", "cubin", "ttgir", ...; "amdgcn" and "hsaco" for AMD."""
@@ -146,8 +166,10 @@ def gpu(target: str, *, simulate: bool = False, **options) -> Iterator[list[Laun
     if _triton.interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are not compiled")
     before, current = driver._active, _Driver(target, options if simulate else None)
-    real = _triton.unavailable, _triton.refuses, _triton.describe
+    names = ("unavailable", "refuses", "describe", "architecture")
+    real = {name: getattr(_triton, name) for name in names}
     _triton.unavailable, _triton.refuses = lambda: None, lambda x: None
+    _triton.architecture = lambda device: target
     _triton.describe = lambda: f"{target}, {'simulated' if simulate else 'compiled alone'}"
     _backends._implementation.cache_clear()
     driver.set_active(current)
@@ -156,5 +178,6 @@ def gpu(target: str, *, simulate: bool = False, **options) -> Iterator[list[Laun
             yield current.launches
     finally:
         driver.set_active(before)
-        _triton.unavailable, _triton.refuses, _triton.describe = real
+        for name, function in real.items():
+            setattr(_triton, name, function)
         _backends._implementation.cache_clear()

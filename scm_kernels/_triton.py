@@ -6,6 +6,7 @@ Triton is imported where a kernel is first needed: `import scm_kernels` asks for
 import dataclasses
 import functools
 import math
+import operator
 import os
 from collections.abc import Callable
 from functools import cache
@@ -50,6 +51,18 @@ def refuses(x: Tensor) -> str | None:
     return None
 
 
+def architecture(device: torch.device) -> str:
+    """What kernels are compiled for: "sm_80", "gfx942"; "" for the interpreter."""
+    return "" if interpreting() else _architecture(device.index)
+
+
+@cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*_capability(index))
+
+
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -62,13 +75,63 @@ def describe() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
+class Launch:
+    """A kernel to be launched with arguments of one kind, `programs` programs of it.
+
+    Triton looks at every argument of a launch to find the variant that was compiled for its like,
+    which takes longer than the launch; from its second call on this takes the variant of the first.
+    """
+
+    __slots__ = ("compiled", "kernel", "options", "programs")
+
+    def __init__(self, kernel, programs: int, **options):
+        self.kernel, self.programs, self.options = kernel, programs, options
+        self.compiled = None
+
+    def __call__(self, like: Tensor, *args) -> None:
+        """On the device of `like`, on its current stream."""
+        if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
+            with torch.cuda.device(like.device):
+                self._run(args)
+        else:
+            self._run(args)
+
+    def _run(self, args: tuple) -> None:
+        if self.compiled is None:  # the interpreter, too, gives None
+            self.compiled = self.kernel[(self.programs,)](*args, **self.options)
+        else:
+            self.compiled[(self.programs, 1, 1)](*args)
+
+
 def launch(kernel, programs: int, like: Tensor, *args, **options) -> None:
     """Run `programs` programs of a kernel on the device of `like`, on its current stream."""
-    if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            kernel[(programs,)](*args, **options)
-    else:
-        kernel[(programs,)](*args, **options)
+    Launch(kernel, programs, **options)(like, *args)
+
+
+def kind(problem: object) -> tuple:
+    """All that launches for a problem depend on but the addresses: problems of one kind share their
+    plan, compiled kernels included.
+    """
+    values = operator.attrgetter(*problem.__slots__)(problem)
+    device = values[0].device
+    return (
+        device,
+        architecture(device),
+        *(
+            (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x
+            for x in values
+        ),
+    )
+
+
+class Plans(dict):
+    """The plans of the kinds of problem that have been met: `plans[kind]`, or None."""
+
+    MOST = 4096  # kinds; a program that meets more has new ones all the time, and starts afresh
+
+    def __missing__(self, key: tuple) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
 
 
 def vector(*tensors: Tensor | None) -> int:

@@ -1,7 +1,6 @@
 """Attention on a GPU by the Triton kernels of `triton_forward.py` and `triton_backward.py`."""
 
 import torch
-from torch import Tensor
 
 from scm_kernels import _triton
 from scm_kernels.attention.problem import Backward, Forward
@@ -34,7 +33,7 @@ def forward(problem: Forward) -> None:
     """One pass over the keys."""
     from scm_kernels.attention.triton_forward import launch_attention_forward
 
-    launch_attention_forward(problem, _precision(problem.q))
+    launch_attention_forward(problem, _precision())
 
 
 @_triton.without_bfloat16("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
@@ -42,9 +41,9 @@ def backward(problem: Backward) -> None:
     """The closed form, in a pass for each kind of gradient."""
     from scm_kernels.attention.triton_backward import launch_attention_backward
 
-    launch_attention_backward(problem, _precision(problem.q))
+    launch_attention_backward(problem, _precision())
 
 
-def _precision(x: Tensor) -> str:
+def _precision() -> str:
     """Of products in float32: exact, or in TF32 where PyTorch's own products are."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

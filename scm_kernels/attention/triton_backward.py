@@ -15,6 +15,8 @@ mathematics is in `triton_gradients.py`.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,9 +27,9 @@ from scm_kernels import _triton
 from scm_kernels.attention import triton_gradients as gradients
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Backward
-from scm_kernels.attention.triton_backward_config import PADDING, Row, backward_row
+from scm_kernels.attention.triton_backward_config import PADDING, backward_row
 from scm_kernels.attention.triton_gradients import Meta, Operands
-from scm_kernels.attention.triton_tiles import View, mask_view
+from scm_kernels.attention.triton_tiles import View, mask_strides
 
 
 @triton.jit
@@ -261,8 +263,8 @@ def _store_mask(x, total, batch, head, row, key, M, N, META: tl.constexpr):
     tl.store(at + nowhere, total.to(x.data.dtype.element_ty), mask=inside & (nowhere == 0))
 
 
-@triton.jit(do_not_specialize=["M", "N", "B", "H", "GROUP"])
-def attention_backward_mask_kernel(x, dmask, M, N, B, H, GROUP, scale, META: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "M", "N", "H", "GROUP"])
+def attention_backward_mask_kernel(x, dmask, B, M, N, H, GROUP, scale, META: tl.constexpr):
     """dmask = gS of a tile of a mask, summed over everything that shares it."""
     ROWS: tl.constexpr = META.BLOCK_M
     KEYS: tl.constexpr = META.BLOCK_N
@@ -302,26 +304,25 @@ def attention_backward_mask_kernel(x, dmask, M, N, B, H, GROUP, scale, META: tl.
 
 # --- host
 
+_KERNELS = {
+    "rows": attention_backward_rows_kernel,
+    "keys": attention_backward_keys_kernel,
+    "queries": attention_backward_queries_kernel,
+    "mask": attention_backward_mask_kernel,
+}
+_READ = ("q", "k", "v", "tq", "tk", "tv", "dout", "dt_out", "out", "t_out")
+_WRITTEN = ("dq", "dk", "dv", "dtq", "dtk", "dtv")
+_MASKS = ("mask", "tmask", "dmask", "dtmask")
+_plans = _triton.Plans()
+
 
 def launch_attention_backward(problem: Backward, precision: str) -> None:
     """Write the gradients that are wanted; `precision` is that of products in float32."""
-    p = problem
-    wanted = p.dq, p.dk, p.dv, p.dtq, p.dtk, p.dtv
-    written = [_rowwise(x) for x in wanted]
-    passes = _Passes(p, precision, written)
-    dq, dk, dv, dtq, dtk, dtv = map(passes.view, written)
-    passes.rows()
-    passes.keys(passes.operands, dk, dv)
-    passes.keys(passes.of_tangents, dtk, dtv)
-    if dq is not None:
-        passes.queries(passes.operands, dq, dtq)  # dtq costs one more product here
-    else:
-        passes.queries(passes.of_tangents, dtq, None)
-    passes.mask(passes.operands, mask_view(p.dmask))
-    passes.mask(passes.of_tangents, mask_view(p.dtmask))
-    for to, x in zip(wanted, written, strict=True):
-        if to is not x:
-            to.copy_(x)
+    kind = (precision, *_triton.kind(problem))
+    plan = _plans[kind]
+    if plan is None:
+        plan = _plans[kind] = _Plan(problem, precision)
+    plan.run(problem)
 
 
 def _rowwise(x: Tensor | None) -> Tensor | None:
@@ -331,73 +332,97 @@ def _rowwise(x: Tensor | None) -> Tensor | None:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Passes:
-    """The kernels on a problem, each for the gradients that it is given and that are not None."""
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One launch of a kernel."""
 
-    def __init__(self, problem: Backward, precision: str, written: list[Tensor | None]):
-        p = self.problem = problem
-        self.precision = precision
-        (self.b, self.h, self.m, self.d), (self.hk, self.n, self.e) = p.q.shape, p.v.shape[1:]
-        inputs = p.q, p.k, p.v, p.tq, p.tk, p.tv, p.dout, p.dt_out, p.out, p.t_out
-        self.vec = _triton.vector(*inputs, *written)
-        q, k, v, tq, tk, tv, dout, dt_out, self.out, self.t_out = map(self.view, inputs)
-        mask, tmask = mask_view(p.mask), mask_view(p.tmask)
-        padded = triton.cdiv(self.m, PADDING) * PADDING
-        scratch = p.lse.new_empty(2 if dt_out is None else 4, self.b * self.h, padded)
+    launch: _triton.Launch
+    of_tangents: bool  # the ordinary gradients, with dtO in place of dO
+    gradients: tuple[str, ...]
+    numbers: tuple  # the arguments that are no tensors
+
+
+class _Plan:
+    """How problems of one kind are launched."""
+
+    def __init__(self, p: Backward, precision: str):
+        tensors = {name: getattr(p, name) for name in _READ}
+        tensors |= {name: _rowwise(getattr(p, name)) for name in _WRITTEN}
+        vec = _triton.vector(*tensors.values())
+        self.strides = {name: _triton.strides(x, vec) for name, x in tensors.items()}
+        self.strides |= {name: mask_strides(getattr(p, name)) for name in _MASKS}
+        self.padded = triton.cdiv(p.q.shape[2], PADDING) * PADDING
+        self.rows = _pass("rows", False, (), p, precision, vec)
+        self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p)]
+
+    def run(self, p: Backward) -> None:
+        tensors = {name: getattr(p, name) for name in (*_READ, *_MASKS)}
+        tensors |= {name: _rowwise(getattr(p, name)) for name in _WRITTEN}
+        views = {
+            name: None if x is None else View(x, self.strides[name]) for name, x in tensors.items()
+        }
+        scratch = p.lse.new_empty(2 if p.dt_out is None else 4, *p.lse.shape[:2], self.padded)
         lse, delta, mu, beta = (*scratch, None, None)[:4]
-        self.operands = Operands(
-            q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, padded, lse, delta, mu, beta
+        vectors = self.padded, lse, delta, mu, beta
+        x = Operands(*(views[name] for name in Operands._fields[: -len(vectors)]), *vectors)
+        of_tangents = Operands(
+            *(x.q, x.k, x.v, None, None, None, x.mask, None, x.dt_out, None),
+            *(self.padded, lse, beta, None, None),
         )
-        self.of_tangents = Operands(
-            q, k, v, None, None, None, mask, None, dt_out, None, padded, lse, beta, None, None
-        )
+        out = views["out"], views["t_out"], p.lse, p.mu
+        self.rows.launch(p.q, x, *out, *self.rows.numbers)
+        for one in self.passes:
+            gradients = (views.get(name) for name in one.gradients)
+            one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
+        for name in _WRITTEN:
+            if tensors[name] is not getattr(p, name):
+                getattr(p, name).copy_(tensors[name])
 
-    def view(self, x: Tensor | None) -> View | None:
-        return None if x is None else View(x, _triton.strides(x, self.vec))
 
-    def rows(self) -> None:
-        p, row = self.problem, self._row("rows", self.operands)
-        programs = self.b * self.h * (self.operands.padded // row.block_m)
-        arguments = self.operands, self.out, self.t_out, p.lse, p.mu, self.m, self.h
-        self._launch(attention_backward_rows_kernel, row, programs, *arguments)
+def _kinds(p: Backward) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+    """(kernel, of_tangents, gradients) of the passes for all gradients that are wanted."""
+    if p.dk is not None or p.dv is not None:
+        yield "keys", False, ("dk", "dv")
+    if p.dtk is not None or p.dtv is not None:
+        yield "keys", True, ("dtk", "dtv")
+    if p.dq is not None:
+        yield "queries", False, ("dq", "dtq")  # where dtq costs one product
+    elif p.dtq is not None:
+        yield "queries", True, ("dtq", "")
+    if p.dmask is not None:
+        yield "mask", False, ("dmask",)
+    if p.dtmask is not None:
+        yield "mask", True, ("dtmask",)
 
-    def keys(self, x: Operands, dk: View | None, dv: View | None) -> None:
-        if dk is not None or dv is not None:
-            row = self._row("keys", x)
-            programs = self.b * self.hk * triton.cdiv(self.n, row.block_n)
-            arguments = x, dk, dv, self.m, self.n, self.h, self.h // self.hk, self.problem.scale
-            self._launch(attention_backward_keys_kernel, row, programs, *arguments)
 
-    def queries(self, x: Operands, dq: View | None, dtq: View | None) -> None:
-        if dq is not None:
-            row = self._row("queries", x, dtq)
-            programs = self.b * self.h * triton.cdiv(self.m, row.block_m)
-            arguments = x, dq, dtq, self.m, self.n, self.h, self.h // self.hk, self.problem.scale
-            self._launch(attention_backward_queries_kernel, row, programs, *arguments)
-
-    def mask(self, x: Operands, dmask: View | None) -> None:
-        if dmask is not None:
-            row = self._row("mask", x)
-            tiles_of = triton.cdiv(self.m, row.block_m), triton.cdiv(self.n, row.block_n)
-            counts = zip((self.b, self.h, *tiles_of), dmask.strides, strict=True)
-            programs = math.prod(1 if stride is None else count for count, stride in counts)
-            arguments = x, dmask, self.m, self.n, self.b, self.h, self.h // self.hk
-            self._launch(
-                attention_backward_mask_kernel, row, programs, *arguments, self.problem.scale
-            )
-
-    def _row(self, kernel: str, x: Operands, dtq: View | None = None) -> Row:
-        through = "out" if x.dt_out is None else "t_out" if dtq is None else "t_out, dtq"
-        return backward_row(kernel, through, self.problem.q.dtype, max(self.d, self.e))
-
-    def _launch(self, kernel, row: Row, programs: int, *arguments) -> None:
-        meta = Meta(
-            row.features(self.d),
-            row.features(self.e),
-            self.vec,
-            self.problem.causal,
-            self.precision,
-            row.block_m,
-            row.block_n,
-        )
-        _triton.launch(kernel, programs, self.problem.q, *arguments, meta, **row.options())
+def _pass(
+    kernel: str,
+    of_tangents: bool,
+    gradients: tuple[str, ...],
+    p: Backward,
+    precision: str,
+    vec: int,
+) -> _Pass:
+    (b, h, m, d), (hk, n, e) = p.q.shape, p.v.shape[1:]
+    through = "out" if p.dt_out is None or of_tangents else "both"
+    if through == "both" and "dtq" in gradients and p.dtq is not None:
+        through = "both, dtq"
+    architecture = _triton.architecture(p.q.device)
+    row = backward_row(architecture, kernel, through, p.q.dtype, precision, max(d, e))
+    meta = Meta(
+        row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
+    )
+    row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
+    numbers = m, n, h, h // hk, p.scale
+    if kernel == "rows":
+        programs, numbers = b * h * triton.cdiv(m, PADDING) * (PADDING // row.block_m), (m, h)
+    elif kernel == "keys":
+        programs = b * hk * key_tiles
+    elif kernel == "queries":
+        programs = b * h * row_tiles
+    else:
+        sizes, counts = getattr(p, gradients[0]).shape, (b, h, row_tiles, key_tiles)
+        programs = math.prod(map(min, sizes, counts))  # 1 where the mask is shared
+        numbers = (b, *numbers)
+    launch = _triton.Launch(_KERNELS[kernel], programs, **row.options())
+    return _Pass(launch, of_tangents, gradients, (*numbers, meta))

@@ -1,9 +1,18 @@
-"""Tiles of the Triton kernels of attention: one row for each kind of problem, with its reason."""
+"""Tiles of the Triton kernels of attention, each with its reason.
+
+Speeds are modelled for an A100 (bfloat16, M = N = 4096; `python -m benchmarks.a100`); no row has
+been measured on a GPU. What decides is registers: 255 a thread hold the two accumulators of a tile,
+its scores and their tangent, and no more. `widest` then says how much of a product's operands is
+held at once; ptxas answers to it by some registers more or less, so rows are found by trying
+(`python -m benchmarks.tune`), and tests hold them to no spills.
+"""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from scm_kernels.attention.triton_tiles import Features
 
 
 @cache
@@ -21,18 +30,27 @@ def parts(features: int, widest: int = 256) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """How a kernel is cut and compiled. `maxnreg`: where ptxas would otherwise give up at 32."""
+class Row:
+    """How a kernel is cut and compiled, for head dimensions up to `most`."""
 
+    most: int
     block_m: int  # rows
     block_n: int  # keys
     warps: int
     stages: int  # tiles of keys in flight, the one at work included
-    maxnreg: int | None = None
-    rest: int = 16
-    masked: int = 32
-    widest_d: int = 256  # parts of D are at most as wide: each is loaded into registers once
-    widest_e: int = 256
+    step: int = 16  # head dimensions are rounded up to a multiple of it
+    widest: int = 256  # of the parts of a head dimension
+    widest_e: int = 256  # the forward: of those of the values
+    rest: int = 16  # the forward: keys of a tile at the end or on the diagonal
+    padding: int = 32  # the forward: keys of a tile under a mask that all rows share
+    masked: int = 16  # the forward: keys of a tile under any other mask
+    causal: bool | None = None  # for causal problems alone, for others alone, or for all
+    maxnreg: int | None = None  # where ptxas would otherwise give up, at 32 registers
+
+    def features(self, width: int, widest: int | None = None) -> Features:
+        """A head dimension in parts."""
+        rounded = -(-width // self.step) * self.step
+        return Features(width, parts(rounded, widest or self.widest))
 
     def options(self) -> dict[str, int]:
         """What Triton's compiler is told."""
@@ -40,10 +58,72 @@ class Tiles:
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
-def forward_tiles(dtype, d: int, e: int) -> Tiles:
-    """The row of the table for a head dimension."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2)
-    if max(d, e) > 64:
-        return Tiles(128, 32, 8, 3, widest_d=32, widest_e=64)
-    return Tiles(64, 64, 4, 2)
+def family(architecture: str) -> str:
+    """The GPUs that share a table: by shared memory, and by where accumulators are.
+
+    "large": 163 KiB a block and more, accumulators in registers (A100, H100); "small": 99 KiB
+    (GeForce, L40S); "tensor memory": accumulators are there (B200); "amd": 64 KiB; "interpreter".
+    """
+    if not architecture:
+        return "interpreter"
+    if architecture.startswith("gfx"):
+        return "amd"
+    number = int(architecture.removeprefix("sm_"))
+    if number in (86, 89) or number >= 120:
+        return "small"
+    return "tensor memory" if number >= 100 else "large"
+
+
+# The forward in float16 and bfloat16, by family.
+_HALF = {
+    "large": (
+        # Two blocks a multiprocessor, 64 keys to a rescaling of the accumulators: 201 TFLOP/s.
+        Row(64, 64, 64, 4, 2, widest=32, widest_e=64),
+        # The same with 16 columns more of everything: 188, and 180.
+        Row(80, 64, 64, 4, 2, widest=64, widest_e=32, causal=False),
+        Row(80, 64, 64, 4, 2, widest=16, widest_e=32),
+        # Eight warps, for 16 rows a warp: 32 rows or 64 keys do not fit 255 registers. 112: 192,
+        # and 180; 128: 204. More parts, as 112 has, take registers for their addresses.
+        Row(96, 128, 32, 8, 3, widest=32, widest_e=64),
+        Row(112, 128, 32, 8, 3, widest=16, widest_e=32, rest=32, causal=False),
+        Row(112, 128, 32, 8, 3, widest=16, widest_e=16),
+        Row(128, 128, 32, 8, 3, widest=32, widest_e=64),
+        # Accumulators of 64 rows alone would take all registers of four warps.
+        Row(256, 32, 32, 4, 2, widest=64, widest_e=64),
+    ),
+    "small": (
+        Row(64, 64, 64, 4, 2, widest=32, widest_e=64),
+        Row(80, 64, 64, 4, 2, widest=32, widest_e=32),
+        Row(128, 128, 32, 8, 2, widest=32, widest_e=64),  # as above, less one stage
+        Row(256, 32, 16, 4, 2, widest=64, widest_e=64),
+    ),
+    "tensor memory": (
+        Row(64, 64, 64, 4, 2),
+        Row(80, 64, 64, 4, 2),
+        Row(256, 64, 32, 4, 2),  # 128 rows would take more than 512 columns of tensor memory
+    ),
+    "amd": (
+        Row(64, 64, 64, 4, 2),  # 512 registers a thread
+        Row(128, 64, 32, 4, 2),  # 40 KiB of 64
+        Row(256, 32, 16, 4, 1),
+    ),
+}
+# In float32: exact products on ordinary cores, whose operands stay in registers.
+_FLOAT = (
+    Row(64, 32, 32, 4, 2, widest=16, widest_e=16),
+    Row(128, 32, 16, 4, 2, widest=16, widest_e=16),
+    Row(256, 16, 16, 4, 2, widest=16, widest_e=16),  # 96 KiB of shared memory
+)
+# Where an operation costs the same whatever its size.
+INTERPRETER = Row(256, 64, 64, 4, 1, rest=64, padding=64, masked=64)
+
+
+@cache
+def forward_row(
+    architecture: str, dtype: torch.dtype, precision: str, features: int, causal: bool
+) -> Row:
+    """The row of the table; `features` is the larger of the head dimensions."""
+    if family(architecture) == "interpreter":
+        return INTERPRETER
+    table = _FLOAT if dtype == torch.float32 else _HALF[family(architecture)]
+    return next(r for r in table if features <= r.most and r.causal in (None, causal))

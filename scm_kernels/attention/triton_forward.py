@@ -7,16 +7,18 @@ scores are in units of log 2, for exp2.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from scm_kernels import _triton
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Forward
-from scm_kernels.attention.triton_config import forward_tiles, parts
-from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_view
+from scm_kernels.attention.triton_config import Row, forward_row
+from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_strides
 
 SUMS = tl.constexpr(8)  # columns of `_State.sums`: those of one tensor core product
 
@@ -327,31 +329,63 @@ def attention_forward_kernel(
 # --- host
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How problems of one kind are launched."""
+
+    launch: _triton.Launch
+    strides: list[tuple | None]  # of `_tensors`
+    numbers: tuple  # the arguments that are no tensors
+
+
+_plans = _triton.Plans()
+
+
+def _tensors(p: Forward) -> tuple:
+    return (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)
+
+
 def launch_attention_forward(problem: Forward, precision: str) -> None:
     """Write out, t_out, lse, mu; `precision` is that of products in float32."""
-    p = problem
+    p, kind = problem, (precision, *_triton.kind(problem))
+    plan = _plans[kind]
+    if plan is None:
+        plan = _plans[kind] = _plan(problem, precision)
+    *x, out, t_out = (
+        None if x is None else View(x, strides)
+        for x, strides in zip(_tensors(p), plan.strides, strict=True)
+    )
+    plan.launch(p.q, Inputs(*x), out, t_out, p.lse, p.mu, *plan.numbers)
+
+
+def _plan(p: Forward, precision: str) -> _Plan:
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
-    row = forward_tiles(p.q.dtype, d, e)
-    rowwise = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.out, p.t_out)
-    vec = _triton.vector(*rowwise)
-    *views, out, t_out = (None if x is None else View(x, _triton.strides(x, vec)) for x in rowwise)
-    x = Inputs(*views, mask_view(p.mask), mask_view(p.tmask))
+    row = forward_row(_triton.architecture(p.q.device), p.q.dtype, precision, max(d, e), p.causal)
+    tensors = _tensors(p)
+    vec = _triton.vector(*tensors[:6], *tensors[8:])
+    strides = [_triton.strides(x, vec) for x in tensors]
+    strides[6:8] = (mask_strides(x) for x in tensors[6:8])
     meta = Meta(
-        Features(d, parts(d, row.widest_d)),
-        Features(e, parts(e, row.widest_e)),
+        row.features(d),
+        row.features(e, row.widest_e),
         vec,
         p.causal,
         precision,
         row.block_m,
         row.block_n,
-        row.rest if p.mask is None else row.masked,
+        _bounded_tile(row, p.mask, p.tmask),
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
-    _triton.launch(
-        attention_forward_kernel,
-        triton.cdiv(m, row.block_m) * b * h,
-        p.q,
-        *(x, out, t_out, p.lse, p.mu, m, n, h, h // hk, scale, scale / math.log(2), meta),
-        **row.options(),
-    )
+    numbers = m, n, h, h // hk, scale, scale / math.log(2), meta
+    programs = triton.cdiv(m, row.block_m) * b * h
+    launch = _triton.Launch(attention_forward_kernel, programs, **row.options())
+    return _Plan(launch, strides, numbers)
+
+
+def _bounded_tile(row: Row, mask: Tensor | None, tmask: Tensor | None) -> int:
+    """Keys of a tile at the end, on the diagonal, or, which they then all are, under a mask."""
+    if mask is None:
+        return row.rest
+    shared = all(x is None or x.shape[2] == 1 for x in (mask, tmask))
+    return row.padding if shared else row.masked

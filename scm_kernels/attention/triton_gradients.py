@@ -156,10 +156,7 @@ def centred(t, tmask, mu, scale):
 @triton.jit
 def gradient_of_scores(p, a, delta, g_t, x):
     """gS; an `a` of None is zero, and so is gT X for an x of None."""
-    if a is None:
-        g_s = p * -delta
-    else:
-        g_s = p * (a - delta)
+    g_s = p * -delta if a is None else p * (a - delta)
     if x is not None:
         g_s += g_t * x
     return g_s

@@ -33,11 +33,17 @@ class Features(NamedTuple):
 
 
 def mask_view(x: Tensor | None) -> View | None:
-    """A mask of four dimensions; one of size 1 has no stride."""
+    """A mask of four dimensions."""
+    return None if x is None else View(x, mask_strides(x))
+
+
+def mask_strides(x: Tensor | None) -> tuple[int | None, ...] | None:
+    """Of a mask of four dimensions; one of size 1 has no stride."""
     if x is None:
         return None
-    strides = zip(x.shape, x.stride(), strict=True)
-    return View(x, tuple(None if n == 1 else coded(s) for n, s in strides))
+    return tuple(
+        None if n == 1 else coded(s) for n, s in zip(x.shape, x.stride(), strict=True)
+    )
 
 
 # --- loads and stores

@@ -1,0 +1,274 @@
+"""Attention's Triton kernels on a machine without a GPU: run by a simulator of PTX with its checks of
+memory, races, initialisation and asynchronous copies, compiled for several kinds of GPU, interpreted.
+
+The tests that run are those of `test_attention.py`, which a GPU takes as they are; the lengths here
+are past several tiles, and do not divide them.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import test_attention as shared
+import torch
+from attention_cases import Case, draw
+from test_tangent_triton import ptxsim  # noqa: F401  # a fixture
+
+import scm_kernels
+from scm_kernels import _triton, attention_jvp
+from scm_kernels.attention import triton_config
+
+offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
+a100 = pytest.importorskip("benchmarks.a100")
+pytestmark = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET=1 compiles none")
+
+slow, ptx = pytest.mark.slow, pytest.mark.ptx
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+LONG = {"b": 1, "h": 2, "m": 70, "n": 131}  # two tiles of rows; whole tiles of keys, and a rest
+
+
+@pytest.fixture
+def launches(ptxsim):  # noqa: F811
+    """A simulated GPU, and what is launched on it."""
+    with offline.gpu("sm_80", simulate=True) as launches:
+        yield launches
+
+
+# --- the simulator --------------------------------------------------------------------------------
+
+QUICK = [
+    Case("ptx_d64_bf16", BF16, d=64, **LONG),
+    Case("ptx_causal_d64_bf16", BF16, d=64, causal=True, **(LONG | {"m": 131, "n": 100})),
+    Case("ptx_dead_d64_bf16", BF16, d=64, mask="dead", **LONG),
+]
+DTYPES = {"bf16": BF16, "f16": F16, "f32": F32}
+SLOW = [
+    *(Case(f"ptx_d{d}_{n}", t, d=d, **LONG) for d in (72, 128) for n, t in DTYPES.items()),
+    Case("ptx_d112_bf16", BF16, d=112, **LONG),
+    Case("ptx_d64_f32", F32, d=64, **LONG),
+    Case("ptx_causal_d72_f16", F16, d=72, causal=True, **(LONG | {"m": 200, "n": 200})),
+    Case("ptx_causal_d128_bf16", BF16, d=128, causal=True, **(LONG | {"m": 200})),
+    Case("ptx_gqa", BF16, d=64, **(LONG | {"h": 4, "hk": 2})),
+    Case("ptx_bias", BF16, d=64, mask="bias", t_mask=True, **LONG),
+    Case("ptx_padding", F16, d=72, mask="padding", mask_shape="b11n", **LONG),
+    Case("ptx_late", BF16, d=64, mask="late", **LONG),
+    Case("ptx_sharp", BF16, d=64, logits=30.0, **LONG),
+    Case("ptx_shared", BF16, d=64, shared=16.0, **LONG),
+    Case("ptx_packed", BF16, d=64, layout="packed", **LONG),
+    Case("ptx_wide", BF16, d=64, layout="wide", **LONG),  # rows at odd addresses
+    Case("ptx_d40_e72", BF16, d=40, e=72, **LONG),
+    Case("ptx_one", BF16, d=64, **(LONG | {"m": 1, "n": 1})),
+    *(Case(f"ptx_tangents_{t or 'none'}", BF16, d=64, tangents=t, **LONG) for t in ("", "q", "kv")),
+    Case("ptx_negative", BF16, d=64, scale=-0.3, **LONG),
+]
+GRADIENTS = [
+    Case("ptx_d64_bf16", BF16, d=64, **LONG),
+    Case("ptx_d72_f16", F16, d=72, **LONG),
+    Case("ptx_d128_bf16", BF16, d=128, **LONG),
+    Case("ptx_d64_f32", F32, d=64, **LONG),
+    Case("ptx_causal_gqa", BF16, d=64, causal=True, **(LONG | {"h": 4, "hk": 2, "m": 131})),
+    Case("ptx_bias_gradient", BF16, d=64, mask="bias", mask_shape="1hmn", t_mask=True, **LONG),
+    Case("ptx_dead_gradient", BF16, d=64, mask="dead", mask_shape="b1mn", **LONG),
+]
+
+
+@ptx
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(c, marks=slow) for c in SLOW)], ids=str)
+def test_values(launches, case):
+    shared.check(shared.run("triton", case, draw(case)), case)
+    assert [launch.name for launch in launches] == ["attention_forward_kernel"]
+    if case.dtype != F32 and not case.mask and case.layout != "wide":
+        assert launches[0].stats.shared_conflicts == 0, "bank conflicts"
+
+
+@ptx
+@pytest.mark.parametrize("through", [pytest.param("out", marks=slow), pytest.param("both", marks=slow)])
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradients(launches, case, through):
+    shared.check(shared.run("triton", case, draw(case), through), case, through)
+
+
+@ptx
+def test_one_gradient(launches):
+    case = Case("ptx_d64_bf16", BF16, d=64, **LONG)
+    shared.check(shared.run("triton", case, draw(case), "out"), case, "out")
+    assert [launch.name.split("_")[2] for launch in launches[1:]] == ["rows", "keys", "queries"]
+
+
+@ptx
+@slow
+def test_addresses_beyond_31_bits(launches):
+    """Batches, heads, and rows of one tile that are more than 2^31 elements apart."""
+    case = Case("ptx_far", BF16, b=2, h=2, m=20, n=40, d=64)
+    near = draw(case)
+    for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
+        far = {name: x if x is None else _strided(x, strides) for name, x in near.items()}
+        shared.check(shared.run("triton", case, far), case)
+
+
+def _strided(x: torch.Tensor, strides) -> torch.Tensor:
+    """x at other strides; of the memory between its rows nothing is touched."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, (*strides, 1), strict=True))
+    y = torch.empty(0, dtype=x.dtype).set_(torch.UntypedStorage(2 * size))
+    return y.as_strided(x.shape, (*strides, 1)).copy_(x)
+
+
+def test_one_variant_serves_all_lengths_and_strides():
+    """Neither M, N nor a stride makes Triton compile again: not 1, not a multiple of 16."""
+    with offline.gpu("sm_80") as launches:
+        for b, h, m, n in ((1, 1, 1, 1), (2, 3, 16, 160), (1, 1, 33, 7), (16, 16, 1, 16)):
+            q, k = torch.zeros(b, h, m, 64, dtype=BF16), torch.zeros(b, h, n, 64, dtype=BF16)
+            for _ in range(2):
+                attention_jvp(q, k, k, q, k, k)
+    assert len(launches) == 8
+    assert len({launch.metadata.hash for launch in launches}) == 1
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+def resources(job) -> list[tuple]:
+    """(name, bytes of local memory, registers, bytes of shared memory) of a problem's kernels."""
+    problem, target = job
+    return [
+        (launch.name, launch.local_memory(), launch.shared) for launch in problem.launches(target)
+    ]
+
+
+@slow
+def test_nothing_spills_in_half_precision():
+    """Every row of the tables up to 128 features, on the GPU that they were made for."""
+    jobs = [(problem, "sm_80") for problem in a100.problems([BF16, F16])]
+    for (problem, _), kernels in zip(jobs, _in_processes(jobs), strict=True):
+        for name, local, _ in kernels:
+            assert local == 0, f"{problem}: {name} has {local} bytes of local memory"
+
+
+@slow
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "gfx942"])
+def test_compiles_for(target):
+    """Within the shared memory of the target, or the launch would raise."""
+    jobs = [
+        (a100.Problem(name, BF16, d), target)
+        for name, d in (("forward", 64), ("forward", 128), ("backward, both", 64), ("backward, out", 128))
+    ]
+    assert all(len(kernels) > 0 for kernels in _in_processes(jobs))
+
+
+def _in_processes(jobs) -> list[list[tuple]]:
+    """Compilers are single-threaded."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(resources, jobs))
+
+
+@pytest.mark.parametrize("features", [1, 16, 40, 64, 72, 96, 112, 128, 160, 256])
+def test_parts_cover_a_head_dimension(features):
+    for widest in (16, 64, 256):
+        end = 0
+        for start, width in triton_config.parts(features, widest):
+            assert start == end
+            assert 16 <= width <= widest
+            assert width & (width - 1) == 0
+            end = start + width
+        assert features <= end < features + 16
+
+
+# --- interpreted ----------------------------------------------------------------------------------
+
+
+def interpreted(*arguments: str) -> subprocess.Popen:
+    """pytest in Triton's interpreter: there a wild pointer ends the process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-x", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def expect_success(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        assert " passed" in output, output
+
+
+def test_interpreter():
+    chosen = "triton and (m127_n3 or bias_bhmn or d72_f16 or gqa_causal) and not merge"
+    expect_success(interpreted("tests/test_attention.py", "-k", chosen))
+
+
+@slow
+def test_interpreter_over_the_whole_list():
+    expect_success(
+        interpreted("tests/test_attention.py", "-k", "triton and gradients and both"),
+        interpreted("tests/test_attention.py", "-k", "triton and not (gradients and both)"),
+    )
+
+
+# --- the backend ----------------------------------------------------------------------------------
+
+
+def test_a_forced_backend_names_what_it_does_not_take():
+    x = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    wide = torch.zeros(1, 1, 4, 300)
+    with offline.gpu("sm_80"):
+        assert scm_kernels.backends()["triton"].startswith("available (attention, tangent; sm_80")
+        with pytest.raises(NotImplementedError, match=r"'triton' was forced.*float64.*'reference'"):
+            attention_jvp(x, x, x, x, x, x)
+        with pytest.raises(NotImplementedError, match=r"'triton' was forced.*up to 256, not 300"):
+            attention_jvp(wide, wide, wide, wide, wide, wide)
+
+
+def test_products_in_float32_are_exact_unless_pytorch_is_told():
+    x, before = torch.zeros(1, 1, 4, 16), torch.get_float32_matmul_precision()
+    with offline.gpu("sm_80") as launches:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            attention_jvp(x, x, x, x, x, x)
+    torch.set_float32_matmul_precision(before)
+    assert [launch.constants["META"].PRECISION for launch in launches] == ["ieee", "tf32"]
+
+
+def test_launches_go_to_the_device_of_the_tensors(monkeypatch):
+    """The second of two devices, whatever the current one is."""
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *_):
+            entered.append("out")
+
+    class Tensor:
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    kernel = {(3,): lambda *args, **options: entered.append((args, options))}
+    _triton.launch(kernel, 3, Tensor(), "x", num_warps=4)
+    assert entered == [Tensor.device, "in", (("x",), {"num_warps": 4}), "out"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_every_family_has_a_row(dtype):
+    for architecture in ("", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a"):
+        for features in (1, 64, 72, 128, 256):
+            for causal in (False, True):
+                row = triton_config.forward_row(architecture, dtype, "ieee", features, causal)
+                assert row.most >= features
+
+
+def test_a_dimension_of_one_does_not_narrow_accesses():
+    x = torch.zeros(1, 4, 8, 64, dtype=BF16).as_strided((1, 4, 8, 64), (3, 512, 64, 1))
+    assert _triton.vector(x) == 8
+    assert _triton.vector(x, x[..., 1:]) == 1
