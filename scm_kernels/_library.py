@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction as Function
+from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("scm_kernels", "DEF")
 
@@ -26,6 +27,7 @@ for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
 __all__ = [
     "LIBRARY",
     "Function",
+    "Op",
     "apply",
     "below_autograd",
     "define",
@@ -35,16 +37,54 @@ __all__ = [
 ]
 
 
+class Op:
+    """An op of this package: a call of it, and one from inside of its own Autograd kernel.
+
+    Where no transform, mode or tensor subclass has to see a call, it goes to the kernel without
+    PyTorch's dispatcher, which takes longer than all checks.
+    """
+
+    def __init__(self, schema: str, kernel: Callable, autograd: Callable):
+        self.name, _, arguments = schema.partition("(")
+        self.tensors = arguments.partition(" -> ")[0].count("Tensor")
+        self.kernel, self.autograd = kernel, autograd
+        self.dispatched = getattr(torch.ops.scm_kernels, self.name)
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not plain(args[: self.tensors]):
+            return self.dispatched(*args)
+        return self.autograd(*args)
+
+    def below(self, *args):
+        """Below autograd."""
+        with below_autograd():
+            if plain(args[: self.tensors]):
+                return self.kernel(*args)
+            return self.dispatched(*args)
+
+
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nothing but autograd has to see a call with these tensors."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+    )
+
+
 def define(
     schema: str, *, kernel: Callable, fake: Callable, autograd: Callable, vmap: Callable
-) -> None:
+) -> Op:
     """Register one op: schema, kernel for every device, shapes without data, autograd, batching."""
     name = schema.partition("(")[0]
+    kernel = _without_autocast(kernel)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"scm_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"scm_kernels::{name}", vmap, lib=LIBRARY)
+    return Op(schema, kernel, autograd)
 
 
 def _without_autocast(kernel: Callable) -> Callable:

@@ -75,7 +75,7 @@ class _Attention(_library.Function):
     def forward(ctx, *args):
         *tensors, causal, scale, tangent_grad, backend = args
         with _library.outer_levels():
-            out, t_out, lse, mu = torch.ops.scm_kernels.attention_jvp(*args)
+            out, t_out, lse, mu = attention_jvp.below(*args)
         ctx.set_materialize_grads(False)
         if tangent_grad:
             ctx.mark_non_differentiable(lse, mu)
@@ -119,7 +119,7 @@ def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
         tensors, t_out, mu = [q, k, v, None, None, None, mask, None], None, None
         wanted = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
     gradients = iter(
-        torch.ops.scm_kernels.attention_jvp_backward(
+        attention_jvp_backward(
             dout, dt_out, *tensors, out, t_out, lse, mu, causal, scale, list(wanted), backend
         )
     )
@@ -131,8 +131,7 @@ def _autograd_forward(*args):
     _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
     if _library.differentiable(tensors):
         return _library.apply(_Attention, *args)
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.attention_jvp(*args)
+    return attention_jvp.below(*args)
 
 
 def _vmap_forward(info, in_dims, *args):
@@ -202,7 +201,7 @@ class _AttentionBackward(_library.Function):
         dout, dt_out, *tensors = args[:10]
         causal, scale, wanted, _ = args[14:]
         with _library.outer_levels():
-            gradients = torch.ops.scm_kernels.attention_jvp_backward(*args)
+            gradients = attention_jvp_backward.below(*args)
         ctx.save_for_backward(dout, dt_out, *tensors)
         ctx.options = causal, scale, wanted
         return tuple(gradients)
@@ -248,8 +247,7 @@ def _autograd_backward(*args):
     _library.refuse_duals("attention_jvp_backward", _INSTEAD, tensors)
     if _library.differentiable(tensors):
         return list(_library.apply(_AttentionBackward, *args))
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.attention_jvp_backward(*args)
+    return attention_jvp_backward.below(*args)
 
 
 def _vmap_backward(info, in_dims, *args):
@@ -268,7 +266,7 @@ def _vmap_backward(info, in_dims, *args):
     return unfolded, [0] * len(unfolded)
 
 
-_library.define(
+attention_jvp = _library.define(
     f"attention_jvp({_INPUTS}, bool causal, float scale, bool tangent_grad, str backend)"
     " -> (Tensor out, Tensor t_out, Tensor lse, Tensor mu)",
     kernel=_forward,
@@ -276,7 +274,7 @@ _library.define(
     autograd=_autograd_forward,
     vmap=_vmap_forward,
 )
-_library.define(
+attention_jvp_backward = _library.define(
     f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
     " Tensor lse, Tensor? mu, bool causal, float scale, bool[] wanted, str backend) -> Tensor[]",
     kernel=_backward,

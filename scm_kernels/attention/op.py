@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checks
-from scm_kernels.attention import library  # registers the ops
+from scm_kernels.attention import library
 from scm_kernels.attention.library import unpack
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
@@ -215,7 +215,7 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     )
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     options = (bool(is_causal), scale, tangent_grad, _backends.requested())
-    outputs = torch.ops.scm_kernels.attention_jvp(q, k, v, tq, tk, tv, mask, tmask, *options)
+    outputs = library.attention_jvp(q, k, v, tq, tk, tv, mask, tmask, *options)
     if rank == 2:
         return tuple(x.squeeze((0, 1)) for x in outputs)
     if len(lead) != 1:
