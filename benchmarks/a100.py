@@ -1,4 +1,4 @@
-"""What the compiled GPU kernels of attention would do on an A100, by a model of it: no GPU is needed.
+"""What the compiled GPU kernels of attention would do on an A100, by a model of it, without a GPU.
 
     python -m benchmarks.a100 [--dtype bfloat16] [--json a100.json]
 
@@ -6,7 +6,8 @@ Every row is modelled, not measured: a kernel is compiled for sm_80, and `sassmo
 loop of its machine code (see `offline.py` for where it is found; expect 10% of error, and less
 between two tiles of a kernel). TFLOP/s count the products that the mathematics needs, 2 B H M N D
 operations each, so products that a kernel makes again lower them. `binding` is the pipe that bounds
-the loop. A pass of several kernels is a row for each and one for their sum of times. M = N = 4096.
+the loop. A pass has a row for each kernel, as if it were the whole pass, and one for all of them,
+whose time is the sum. M = N = 4096.
 """
 
 import argparse
@@ -29,6 +30,7 @@ PASSES = {
     "backward, both": (12, (True, True), "qkv"),
     "backward, both, six": (15, (True, True), "qkvabc"),
 }
+DETAILS = ("tile", "warps", "stages", "registers", "local B", "shared KiB", "blocks", "binding")
 
 
 @dataclass(frozen=True)
@@ -69,33 +71,35 @@ def problems(dtypes: list[torch.dtype]) -> list[Problem]:
 def rows(problem: Problem) -> Iterator[dict]:
     """A row for each kernel of a pass whose time goes to products, and one for all of them."""
     needed = 2 * PASSES[problem.name][0] * problem.d  # operations for a row and a key
-    about = {"pass": problem.name, "D": problem.d, "causal": problem.causal}
-    about["dtype"] = str(problem.dtype).removeprefix("torch.")
-    cycles = []
+    efficiency = offline.tool("sassmodel").A100["efficiency"]
+    total = 0.0
+
+    def row(kernel: str, cycles: float, **details) -> dict:
+        about = {"pass": problem.name, "D": problem.d, "causal": problem.causal}
+        about["dtype"] = str(problem.dtype).removeprefix("torch.")
+        rate = needed * CLOCK * PROCESSORS * efficiency / cycles / 1e12
+        about |= {"backend": "triton", "kernel": kernel, "TFLOP/s": rate, "figures": "modelled"}
+        return about | {name: details.get(name) for name in DETAILS}
+
     for launch in problem.launches():
         estimate = model(launch)
         if estimate is None:
             continue
-        meta = launch.constants["META"]
-        timing = estimate["timing"]
-        cycles.append(timing["cycles_per_block_iter"] / (meta.BLOCK_M * meta.BLOCK_N))
-        yield about | {
-            "backend": "triton",
-            "kernel": launch.name.removeprefix("attention_").removesuffix("_kernel"),
+        meta, timing = launch.constants["META"], estimate["timing"]
+        cycles = timing["cycles_per_block_iter"] / (meta.BLOCK_M * meta.BLOCK_N)
+        total += cycles
+        details = {
             "tile": f"{meta.BLOCK_M}x{meta.BLOCK_N}",
             "warps": launch.metadata.num_warps,
             "stages": launch.metadata.num_stages,
             "registers": estimate["regs"],
-            "local B": estimate["stack"],
+            "local B": launch.local_memory(),
             "shared KiB": round(estimate["smem"] / 1024),
             "blocks": estimate["occupancy"]["blocks"],
-            "TFLOP/s": None,
             "binding": timing["binding"],
-            "figures": "modelled",
         }
-    efficiency = offline.tool("sassmodel").A100["efficiency"]
-    rate = needed * CLOCK * PROCESSORS * efficiency / sum(cycles) / 1e12
-    yield about | {"backend": "triton", "kernel": "all", "TFLOP/s": rate, "figures": "modelled"}
+        yield row(launch.name.removeprefix("attention_").removesuffix("_kernel"), cycles, **details)
+    yield row("all", total)
 
 
 def model(launch: offline.Launch) -> dict | None:

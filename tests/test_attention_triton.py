@@ -1,10 +1,12 @@
-"""Attention's Triton kernels on a machine without a GPU: run by a simulator of PTX with its checks of
-memory, races, initialisation and asynchronous copies, compiled for several kinds of GPU, interpreted.
+"""Attention's Triton kernels on a machine without a GPU: run by a simulator of PTX with its checks
+of memory, races, initialisation and asynchronous copies, compiled for several kinds of GPU, and
+interpreted.
 
 The tests that run are those of `test_attention.py`, which a GPU takes as they are; the lengths here
 are past several tiles, and do not divide them.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from test_tangent_triton import ptxsim  # noqa: F401  # a fixture
 
 import scm_kernels
 from scm_kernels import _triton, attention_jvp
-from scm_kernels.attention import triton_config
+from scm_kernels.attention import torch_flash, triton_config
+from scm_kernels.attention.problem import Backward
 
 offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
 a100 = pytest.importorskip("benchmarks.a100")
@@ -85,7 +88,9 @@ def test_values(launches, case):
 
 
 @ptx
-@pytest.mark.parametrize("through", [pytest.param("out", marks=slow), pytest.param("both", marks=slow)])
+@pytest.mark.parametrize(
+    "through", [pytest.param("out", marks=slow), pytest.param("both", marks=slow)]
+)
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_gradients(launches, case, through):
     shared.check(shared.run("triton", case, draw(case), through), case, through)
@@ -153,7 +158,12 @@ def test_compiles_for(target):
     """Within the shared memory of the target, or the launch would raise."""
     jobs = [
         (a100.Problem(name, BF16, d), target)
-        for name, d in (("forward", 64), ("forward", 128), ("backward, both", 64), ("backward, out", 128))
+        for name, d in (
+            ("forward", 64),
+            ("forward", 128),
+            ("backward, both", 64),
+            ("backward, out", 128),
+        )
     ]
     assert all(len(kernels) > 0 for kernels in _in_processes(jobs))
 
@@ -266,6 +276,27 @@ def test_every_family_has_a_row(dtype):
             for causal in (False, True):
                 row = triton_config.forward_row(architecture, dtype, "ieee", features, causal)
                 assert row.most >= features
+
+
+@pytest.mark.parametrize(
+    ("m", "causal", "taken"), [(8, False, True), (8, True, True), (9, True, False)]
+)
+def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypatch):
+    """Its schema and shapes, on tensors without data; values are for `pytest -m gpu`."""
+    q, k = torch.zeros(1, 2, m, 64, dtype=BF16), torch.zeros(1, 2, 8, 64, dtype=BF16)
+    problem = Backward(
+        *(q, k, k, None, None, None, None, None, causal, 0.125, q, None, q[..., 0].float(), None),
+        *(q, None, q, k, k, None, None, None, None, None),
+    )
+    monkeypatch.setattr(_triton, "refuses", lambda x: None)
+    assert (torch_flash._refuses_on_gpu(problem) is None) == taken
+    meta = {
+        f.name: x.to("meta") if isinstance(x, torch.Tensor) else x
+        for f in dataclasses.fields(problem)
+        for x in (getattr(problem, f.name),)
+    }
+    gradients = torch_flash._on_gpu(Backward(**meta))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():

@@ -187,7 +187,7 @@ def _backward(dout, dt_out, *args):
         *gradients,
     )
     chosen, forced = _backends.choose("attention", "backward", problem, backend)
-    if chosen is reference and not forced and torch_flash.refuses(problem) is None:
+    if not forced and torch_flash.serves(problem, chosen):
         chosen = torch_flash
     chosen.backward(problem)
     return [x for x in gradients if x is not None]

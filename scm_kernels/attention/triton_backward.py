@@ -82,7 +82,7 @@ def _add_queries(
 ):
     """Add what one tile of rows gives to (dk, dv) of a tile of keys; tiles are [N, M].
 
-    A product stands where its result is used, not sooner: registers are what limits this kernel.
+    Registers limit this kernel: each product stands where it is used, and A comes last.
     """
     P: tl.constexpr = META.PRECISION
     dk, dv = sums
@@ -95,21 +95,22 @@ def _add_queries(
             live = rows[None, :] >= at[:, None]
     q, tq, do, dto = gradients.load_queries(x, batch, head, row, inside, META)
     lse, delta, mu, beta = gradients.load_stats(x, batch * H + head, row, 0, META)
-    mask = tiles.load_mask(x.mask, batch, head, rows[None, :], at[:, None], M, N, BOUNDS)
+    mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, True, BOUNDS, META)
 
-    p = gradients.probabilities(gradients.product(k, q, None, P), mask, live, lse, scale)
+    p = gradients.probabilities(gradients.turned_scores(q, k, P), mask, live, lse, scale)
     dv = gradients.add_product(dv, p, do, P)
     g_t, centred = (), None
     if x.dt_out is not None:
-        tmask = tiles.load_mask(x.tmask, batch, head, rows[None, :], at[:, None], M, N, BOUNDS)
+        tmask = gradients.load_mask(x.tmask, batch, head, row, key, M, N, True, BOUNDS, META)
         t = gradients.product(tk, q, gradients.product(k, tq, None, P), P)
         centred = gradients.centred(t, tmask, mu, scale)
         if centred is not None:
             dv = gradients.add_product(dv, p * centred, dto, P)
         g_t = p * (gradients.product(v, dto, None, P) - beta)
         dk = gradients.add_product(dk, g_t, tq, P)
+    beside = gradients.beside_a(p, delta, g_t, centred)
     a = gradients.product(tv, dto, gradients.product(v, do, None, P), P)
-    g_s = gradients.gradient_of_scores(p, a, delta, g_t, centred)
+    g_s = gradients.gradient_of_scores(p, a, delta, beside)
     return gradients.add_product(dk, g_s, q, P), dv
 
 
@@ -187,8 +188,8 @@ def _gradients(
         if META.CAUSAL:
             live = live & (rows[:, None] >= at[None, :])
     keys = gradients.load_keys(x, batch, key_head, key, inside, META)
-    mask = tiles.load_mask(x.mask, batch, head, rows[:, None], at[None, :], M, N, BOUNDS)
-    tmask = tiles.load_mask(x.tmask, batch, head, rows[:, None], at[None, :], M, N, BOUNDS)
+    mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, False, BOUNDS, META)
+    tmask = gradients.load_mask(x.tmask, batch, head, row, key, M, N, False, BOUNDS, META)
     g_s, g_t = gradients.gradients(queries, keys, stats, mask, tmask, live, scale, META)
     return g_s, g_t, keys[0], keys[1]
 
@@ -257,8 +258,7 @@ def _store_mask(x, total, batch, head, row, key, M, N, META: tl.constexpr):
         total = tl.sum(total, 0, keep_dims=True)
     if KEYS == 1:
         total = tl.sum(total, 1, keep_dims=True)
-    rows, keys = (row + tl.arange(0, ROWS))[:, None], (key + tl.arange(0, KEYS))[None, :]
-    at, inside = tiles.mask_place(x, batch, head, rows, keys, M, N)
+    at, inside = tiles.mask_place(x, batch, head, row, key, M, N, ROWS, KEYS, False)
     nowhere = tl.zeros([ROWS, KEYS], tl.int32)  # gives both the shape of the tile
     tl.store(at + nowhere, total.to(x.data.dtype.element_ty), mask=inside & (nowhere == 0))
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from scm_kernels.attention.triton_config import Row
+from scm_kernels.attention.triton_config import INTERPRETER, Row, family
 
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
 
@@ -68,5 +68,7 @@ def backward_row(
     architecture: str, kernel: str, through: str, dtype: torch.dtype, precision: str, features: int
 ) -> Row:
     """The row of the table; `features` is the larger of the head dimensions."""
+    if family(architecture) == "interpreter":
+        return INTERPRETER
     table = _FLOAT if dtype == torch.float32 else _HALF
     return next(row for row in table[kernel, through] if features <= row.most)

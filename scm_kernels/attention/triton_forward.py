@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,7 +54,7 @@ class Meta(NamedTuple):
 class _State(NamedTuple):
     """The dual online softmax of a tile of rows."""
 
-    m: tl.tensor  # [M] largest score
+    m: tl.tensor  # [M] largest score, over log 2; in float32 and without a mask, before the scale
     l: tl.tensor  # [M] sum of p
     mu: tl.tensor  # [M] sum of h
     c: tl.tensor  # [M] shift of T
@@ -124,9 +125,15 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
     s, t = _scores(q, tq, k, tk, META.PRECISION)
     if live is not None:
         s = tl.where(live, s, -float("inf"))
-    m = tl.maximum(state.m, tl.max(s, 1) * scale2)
-    a = tl.exp2(state.m - m)
-    p = tl.exp2(s * scale2 - m[:, None])
+    if v[0].dtype == tl.float32:
+        # m is that of the raw scores: large ones are subtracted before anything is rounded.
+        m = tl.maximum(state.m, tl.max(s, 1))
+        a = tl.exp2((state.m - m) * scale2)
+        p = tl.exp2((s - m[:, None]) * scale2)
+    else:
+        m = tl.maximum(state.m, tl.max(s, 1) * scale2)
+        a = tl.exp2(state.m - m)
+        p = tl.exp2(s * scale2 - m[:, None])  # one fused multiply-add
     mu, h = state.mu, None
     if t is not None:
         h = p * (t * scale - state.c[:, None])
@@ -207,6 +214,11 @@ def _load_keys(x, batch, head, key, live, KEYS: tl.constexpr, META: tl.constexpr
 
 
 @triton.jit
+def _load_mask(x, batch, head, row, key, M, N, META: tl.constexpr):
+    return tiles.load_mask(x, batch, head, row, key, M, N, META.BLOCK_M, META.REST, False, True)
+
+
+@triton.jit
 def _live(rows, keys, N, META: tl.constexpr):
     """Which keys of a tile take part, by the bounds alone: [1 or M, N]."""
     live = (keys < N)[None, :]
@@ -257,8 +269,11 @@ def _start(x, META: tl.constexpr):
 
 
 @triton.jit
-def _finish(state, META: tl.constexpr):
-    """(O, tO, lse, mu), normalised by the sums of what the products have seen."""
+def _finish(state, unit, META: tl.constexpr):
+    """(O, tO, lse, mu), normalised by the sums of what the products have seen.
+
+    lse is the one number that a backward subtracts from large scores: it is rounded once.
+    """
     dead = state.l == 0
     l = tl.where(dead, 1.0, state.l)
     p_sum, h_sum = l, state.mu
@@ -274,15 +289,16 @@ def _finish(state, META: tl.constexpr):
             t_out = t_out + (state.tacc[i] / p_sum[:, None] - (h_sum / p_sum)[:, None] * o,)
         else:
             t_out = t_out + (tl.zeros_like(o),)
-    lse = (state.m + tl.log2(l)) / LOG2E
-    return out, t_out, lse, tl.where(dead, 0.0, state.mu / l + state.c)
+    lse = state.m.to(tl.float64) * unit + (tl.log2(l) / LOG2E)
+    return out, t_out, lse.to(tl.float32), tl.where(dead, 0.0, state.mu / l + state.c)
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
 def attention_forward_kernel(
-    x, out, t_out, lse, mu, M, N, H, GROUP, scale, scale2, META: tl.constexpr
+    x, out, t_out, lse, mu, M, N, H, GROUP, scale, scale2, unit: tl.float64, META: tl.constexpr
 ):
-    """out, t_out, lse, mu of a tile of rows. scale is |scale|, scale2 the same over log 2."""
+    """out, t_out, lse, mu of a tile of rows. scale is |scale|, scale2 the same over log 2, in
+    float32; unit is what one of `_State.m` is in lse."""
     row_tiles = tl.cdiv(M, META.BLOCK_M)
     index, place = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     row = (row_tiles - 1 - place) * META.BLOCK_M  # the last, with most to do if causal, go first
@@ -313,11 +329,11 @@ def attention_forward_kernel(
         if x.mask is None:
             state = _add_tile(state, q, tq, keys, live, scale, scale2, META)
         else:
-            mask = tiles.load_mask(x.mask, batch, head, rows[:, None], at[None, :], M, N, True)
-            tmask = tiles.load_mask(x.tmask, batch, head, rows[:, None], at[None, :], M, N, True)
+            mask = _load_mask(x.mask, batch, head, row, key, M, N, META)
+            tmask = _load_mask(x.tmask, batch, head, row, key, M, N, META)
             state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, scale2, META)
 
-    o, to, log_sum, mean = _finish(state, META)
+    o, to, log_sum, mean = _finish(state, unit, META)
     inside = tl.arange(0, META.BLOCK_M) < M - row  # not as above: it would be kept in registers
     tiles.store_rows(out, o, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
     tiles.store_rows(t_out, to, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
@@ -377,7 +393,12 @@ def _plan(p: Forward, precision: str) -> _Plan:
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
-    numbers = m, n, h, h // hk, scale, scale / math.log(2), meta
+    scale2 = torch.tensor(scale / math.log(2)).item()  # in float32
+    if p.mask is not None:
+        unit = math.log(2)  # the mask has not been scaled
+    else:
+        unit = scale if p.q.dtype == torch.float32 else scale / scale2
+    numbers = m, n, h, h // hk, scale, scale2, unit, meta
     programs = triton.cdiv(m, row.block_m) * b * h
     launch = _triton.Launch(attention_forward_kernel, programs, **row.options())
     return _Plan(launch, strides, numbers)

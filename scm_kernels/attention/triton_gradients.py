@@ -6,7 +6,7 @@ rows (lse, delta, mu, beta, indices) as [M, 1] or as [1, M], and a product over 
 what lies first with what lies second. And terms are collected around X, so that a component that
 all of tK shares cancels before anything is multiplied:
 
-    X  = T - mu       tP = P X       gT = P (B - beta)       gS = P (A - delta) + gT X
+    X  = T - mu       tP = P X       gT = P (B - beta)       gS = P A + (gT X - P delta)
 
     with delta = rowsum(dO O) + rowsum(dtO tO), which is the reference's + mu beta
 
@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scm_kernels import _triton
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.triton_tiles import LOG2E, Features, View
+
+INTERPRETED = tl.constexpr(_triton.interpreting())
 
 
 class Operands(NamedTuple):
@@ -82,14 +85,25 @@ def load_keys(x, batch, head, key, live, META: tl.constexpr):
 
 
 @triton.jit
+def load_mask(
+    x, batch, head, row, key, M, N,
+    TURNED: tl.constexpr, BOUNDS: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """A tile of a mask, [M, N] or, if TURNED, [N, M]; None of an absent one."""
+    return tiles.load_mask(
+        x, batch, head, row, key, M, N, META.BLOCK_M, META.BLOCK_N, TURNED, BOUNDS
+    )
+
+
+@triton.jit
 def load_stats(x, index, row, AXIS: tl.constexpr, META: tl.constexpr):
     """(lse, delta, mu, beta) of a tile of rows, [1, M] (AXIS 0) or [M, 1]; () for those absent."""
-    start = tl.cast(index, tl.int64) * x.padded + row
-    rows = tl.expand_dims(tl.arange(0, META.BLOCK_M), AXIS)
+    at = tl.cast(index, tl.int64) * x.padded + row
+    at = tl.expand_dims(at + tl.arange(0, META.BLOCK_M), AXIS)
     mu, beta = (), ()
     if x.mu is not None:
-        mu, beta = tl.load(x.mu + start + rows), tl.load(x.beta + start + rows)
-    return tl.load(x.lse + start + rows), tl.load(x.delta + start + rows), mu, beta
+        mu, beta = tl.load(x.mu + at), tl.load(x.beta + at)
+    return tl.load(x.lse + at), tl.load(x.delta + at), mu, beta
 
 
 # --- mathematics
@@ -120,6 +134,19 @@ def add_product(sums, weights, x, PRECISION: tl.constexpr):
         return sums
     else:
         return tiles.over_keys(weights.to(x[0].dtype), x, sums, PRECISION)
+
+
+@triton.jit
+def turned_scores(q, k, PRECISION: tl.constexpr):
+    """K Q^T [N, M], to the last digit what the forward had as Q K^T: lse is that of those scores.
+
+    A GPU sums both in the order of the features; the interpreter's products, those of numpy, depend
+    on which factor is the first.
+    """
+    if INTERPRETED:
+        return tl.trans(product(q, k, None, PRECISION))
+    else:
+        return product(k, q, None, PRECISION)
 
 
 @triton.jit
@@ -154,12 +181,18 @@ def centred(t, tmask, mu, scale):
 
 
 @triton.jit
-def gradient_of_scores(p, a, delta, g_t, x):
-    """gS; an `a` of None is zero, and so is gT X for an x of None."""
-    g_s = p * -delta if a is None else p * (a - delta)
-    if x is not None:
-        g_s += g_t * x
-    return g_s
+def beside_a(p, delta, g_t, x):
+    """What gS is beside P A, gT X - P delta; None where the scores have no tangent."""
+    return None if x is None else g_t * x - p * delta
+
+
+@triton.jit
+def gradient_of_scores(p, a, delta, beside):
+    """gS from A, of which None is zero, and from `beside_a`."""
+    if beside is None:
+        return p * -delta if a is None else p * (a - delta)
+    else:
+        return beside if a is None else beside + p * a
 
 
 @triton.jit
@@ -174,5 +207,6 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
     if len(dto) > 0:
         g_t = p * (product(dto, v, None, P) - beta)
         x = centred(product(q, tk, product(tq, k, None, P), P), tmask, mu, scale)
+    beside = beside_a(p, delta, g_t, x)
     a = product(dto, tv, product(do, v, None, P), P)
-    return gradient_of_scores(p, a, delta, g_t, x), g_t
+    return gradient_of_scores(p, a, delta, beside), g_t

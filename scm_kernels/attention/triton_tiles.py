@@ -41,9 +41,7 @@ def mask_strides(x: Tensor | None) -> tuple[int | None, ...] | None:
     """Of a mask of four dimensions; one of size 1 has no stride."""
     if x is None:
         return None
-    return tuple(
-        None if n == 1 else coded(s) for n, s in zip(x.shape, x.stride(), strict=True)
-    )
+    return tuple(None if n == 1 else coded(s) for n, s in zip(x.shape, x.stride(), strict=True))
 
 
 # --- loads and stores
@@ -171,30 +169,40 @@ def store_rows(
 
 
 @triton.jit
-def mask_place(x, batch, head, rows, keys, M, N):
-    """Addresses of a tile of a mask, and which are inside of it; indices are [M, 1] and [1, N], or
-    [1, M] and [N, 1]. A dimension that the mask shares stays out of the result."""
+def mask_place(
+    x, batch, head, row, key, M, N, ROWS: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr
+):
+    """Addresses of a tile of a mask, and which are inside of it: [ROWS, KEYS], or [KEYS, ROWS] if
+    TURNED. A dimension that the mask shares stays out of the result."""
+    rows, keys = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    if TURNED:
+        rows, keys = rows[None, :], keys[:, None]
+    else:
+        rows, keys = rows[:, None], keys[None, :]
     at, inside = x.data, N > 0
     if x.strides[0] is not None:
         at += tl.cast(batch, tl.int64) * decoded(x.strides[0])
     if x.strides[1] is not None:
         at += tl.cast(head, tl.int64) * decoded(x.strides[1])
     if x.strides[2] is not None:
-        at += rows.to(tl.int64) * decoded(x.strides[2])
-        inside = inside & (rows < M)
+        at += (tl.cast(row, tl.int64) + rows) * decoded(x.strides[2])
+        inside = inside & (row + rows < M)
     if x.strides[3] is not None:
-        at += keys.to(tl.int64) * decoded(x.strides[3])
-        inside = inside & (keys < N)
+        at += (tl.cast(key, tl.int64) + keys) * decoded(x.strides[3])
+        inside = inside & (key + keys < N)
     return at, inside
 
 
 @triton.jit
-def load_mask(x, batch, head, rows, keys, M, N, BOUNDS: tl.constexpr):
+def load_mask(
+    x, batch, head, row, key, M, N,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
     """A tile of a mask as `mask_place` has it, None of an absent mask."""
     if x is None:
         return None
     else:
-        at, inside = mask_place(x, batch, head, rows, keys, M, N)
+        at, inside = mask_place(x, batch, head, row, key, M, N, ROWS, KEYS, TURNED)
         if BOUNDS:
             return tl.load(at, mask=inside, other=0)
         else:

@@ -1,0 +1,52 @@
+"""What only a GPU can show. The shared test lists run there too, under the same marker."""
+
+import pytest
+import test_attention as shared
+import torch
+from attention_cases import Case, draw
+
+import scm_kernels
+from scm_kernels.attention import torch_flash
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+CASES = [
+    Case("gpu_d64", torch.bfloat16, m=200, n=200, d=64),
+    Case("gpu_causal", torch.float16, m=200, n=200, d=128, causal=True),
+    Case("gpu_cross", torch.bfloat16, m=70, n=300, d=72),
+]
+
+
+def test_a_gpu_runs_triton():
+    assert scm_kernels.backends()["triton"].startswith("available")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pytorchs_flash_backward_gives_the_gradient(case, monkeypatch):
+    """Under "auto" it serves the gradient through out, inside the error budget."""
+    served = []
+    real = torch_flash.backward
+    monkeypatch.setattr(torch_flash, "backward", lambda p: served.append(p) or real(p))
+    shared.check(shared.run("auto", case, draw(case, "cuda"), "out"), case, "out")
+    assert len(served) == 1
+
+
+def test_launches_go_to_the_current_stream():
+    """A stream that waits for an event sees what was written before it."""
+    case = Case("gpu_stream", torch.bfloat16, m=200, n=200, d=64)
+    inputs, stream = draw(case, "cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        moved = {name: None if x is None else x + 0 for name, x in inputs.items()}
+        results = shared.run("triton", case, moved)
+    stream.synchronize()
+    shared.check(results, case)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_second_gpu():
+    case = Case("gpu_second", torch.bfloat16, m=200, n=200, d=64)
+    shared.check(shared.run("triton", case, draw(case, "cuda:1"), "both"), case, "both")
