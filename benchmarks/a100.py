@@ -11,7 +11,9 @@ whose time is the sum. M = N = 4096.
 """
 
 import argparse
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +70,12 @@ def problems(dtypes: list[torch.dtype]) -> list[Problem]:
     ]
 
 
-def rows(problem: Problem) -> Iterator[dict]:
+def table(problem: Problem) -> list[dict]:
     """A row for each kernel of a pass whose time goes to products, and one for all of them."""
+    return list(_rows(problem))
+
+
+def _rows(problem: Problem) -> Iterator[dict]:
     needed = 2 * PASSES[problem.name][0] * problem.d  # operations for a row and a key
     efficiency = offline.tool("sassmodel").A100["efficiency"]
     total = 0.0
@@ -118,8 +124,11 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     dtypes = [getattr(torch, name) for name in options.dtype or ["bfloat16", "float16"]]
-    table = [row for x in with_progress(problems(dtypes)) for row in rows(x)]
-    report("attention on an A100, MODELLED from the compiled kernels", table, options.json)
+    chosen = problems(dtypes)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:  # compilers are single-threaded
+        futures = [pool.submit(table, problem) for problem in chosen]
+        lines = [line for future in with_progress(futures) for line in future.result()]
+    report("attention on an A100, MODELLED from the compiled kernels", lines, options.json)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def trial(row: Row, problem: a100.Problem, length: int) -> dict:
 
 def modelled(problem: a100.Problem, length: int) -> dict:
     (launch,) = problem.launches()
-    rate = list(a100.rows(problem))[-1]["TFLOP/s"]
+    rate = a100.table(problem)[-1]["TFLOP/s"]
     return {"TFLOP/s": rate, "local B": launch.local_memory(), "figures": "modelled"}
 
 

@@ -17,8 +17,8 @@ PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK
 
 # By (kernel, what it goes through), in float16 and bfloat16.
 _HALF = {
-    ("rows", "out"): (Row(256, 32, 16, 4, 1),),
-    ("rows", "both"): (Row(256, 32, 16, 4, 1),),
+    ("rows", "out"): (Row(256, 32, 16, 8, 1),),
+    ("rows", "both"): (Row(256, 32, 16, 8, 1),),
     ("keys", "out"): (
         Row(64, 32, 128, 4, 2),
         Row(128, 32, 64, 4, 3),
@@ -51,8 +51,8 @@ _HALF = {
 }
 
 _FLOAT = {
-    ("rows", "out"): (Row(256, 32, 16, 4, 1),),
-    ("rows", "both"): (Row(256, 32, 16, 4, 1),),
+    ("rows", "out"): (Row(256, 32, 16, 8, 1),),
+    ("rows", "both"): (Row(256, 32, 16, 8, 1),),
     ("keys", "out"): (Row(256, 32, 32, 4, 2, widest=16),),
     ("keys", "both"): (Row(256, 32, 32, 4, 2, widest=16),),
     ("queries", "out"): (Row(256, 32, 32, 4, 2, widest=16),),
