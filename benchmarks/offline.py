@@ -96,8 +96,8 @@ class Launch:
 class _Driver:
     """What Triton asks of a driver, and of its `utils` and launchers."""
 
-    def __init__(self, target: str, simulate: dict | None):
-        self.target, self.simulate = target, simulate
+    def __init__(self, target: str, simulate: dict | None, record: bool):
+        self.target, self.simulate, self.record = target, simulate, record
         self.utils, self.launcher_cls = self, _launcher
         self.launches: list[Launch] = []
 
@@ -124,10 +124,12 @@ def _launcher(src, metadata):
     constants = {names[place[0]]: x for place, x in src.constants.items() if len(place) == 1}
 
     def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+        current = driver.active
+        if not current.record:
+            return
         record = Launch(
             name, metadata, src.signature, constants, (x, y, z), list(_flat(types, args))
         )
-        current = driver.active
         if current.simulate is not None:
             record.stats = _simulate(record, current.simulate)
         current.launches.append(record)
@@ -158,14 +160,17 @@ def _simulate(launch: Launch, options: dict):
 
 
 @contextmanager
-def gpu(target: str, *, simulate: bool = False, **options) -> Iterator[list[Launch]]:
+def gpu(
+    target: str, *, simulate: bool = False, record: bool = True, **options
+) -> Iterator[list[Launch]]:
     """Give Triton a GPU of this kind that takes tensors on the CPU; yields the launches.
 
-    `options` are those of `ptxsim.launch`. Without `simulate` nothing is computed.
+    `options` are those of `ptxsim.launch`. Without `simulate` nothing is computed; without `record`
+    a launch ends where the driver would take it.
     """
     if _triton.interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are not compiled")
-    before, current = driver._active, _Driver(target, options if simulate else None)
+    before, current = driver._active, _Driver(target, options if simulate else None, record)
     names = ("unavailable", "refuses", "describe", "architecture")
     real = {name: getattr(_triton, name) for name in names}
     _triton.unavailable, _triton.refuses = lambda: None, lambda x: None

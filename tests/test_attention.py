@@ -16,7 +16,7 @@ from budget import assert_within_budget
 from peak_memory import peak_memory
 
 import scm_kernels
-from scm_kernels import _backends, _native, attention_jvp
+from scm_kernels import _backends, _native, _triton, attention_jvp
 from scm_kernels.attention import reference
 
 AVAILABLE = [name for name, status in scm_kernels.backends().items() if status[:9] == "available"]
@@ -308,6 +308,8 @@ def test_any_number_of_leading_dimensions(lead, mask):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_does_not_grow_with_m_times_n(backend, options, monkeypatch):
     """Forward, and the gradient through both outputs, in well under one matrix [M, N]."""
+    if backend == "triton" and _triton.interpreting():
+        pytest.skip("what Triton's interpreter takes is its own")
     monkeypatch.setattr(reference, "reference_tiles", lambda *_: (256, 256))
     length, device = 2048, device_of(backend)
     torch.manual_seed(0)

@@ -265,40 +265,34 @@ def _store_mask(x, total, batch, head, row, key, M, N, META: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "M", "N", "H", "GROUP"])
 def attention_backward_mask_kernel(x, dmask, B, M, N, H, GROUP, scale, META: tl.constexpr):
-    """dmask = gS of a tile of a mask, summed over everything that shares it."""
-    ROWS: tl.constexpr = META.BLOCK_M
-    KEYS: tl.constexpr = META.BLOCK_N
-    row_tiles, key_tiles = tl.cdiv(M, ROWS), tl.cdiv(N, KEYS)
-    first_batch, last_batch, first_head, last_head = 0, B - 1, 0, H - 1
-    first_row, last_row, first_key, last_key = 0, row_tiles - 1, 0, key_tiles - 1
-    place = tl.program_id(0)
+    """dmask = gS of a tile of a mask, summed over everything that shares it, in one loop, so that
+    loads run ahead whatever is shared."""
+    row_tiles, key_tiles = tl.cdiv(M, META.BLOCK_M), tl.cdiv(N, META.BLOCK_N)
+    batches, heads, rows, keys = B, H, row_tiles, key_tiles  # how many of each share the tile
+    first_batch, first_head, first_row, first_key, place = 0, 0, 0, 0, tl.program_id(0)
     if dmask.strides[3] is not None:
-        first_key, last_key, place = place % key_tiles, place % key_tiles, place // key_tiles
+        keys, first_key, place = 1, place % key_tiles, place // key_tiles
     if dmask.strides[2] is not None:
-        first_row, last_row, place = place % row_tiles, place % row_tiles, place // row_tiles
+        rows, first_row, place = 1, place % row_tiles, place // row_tiles
     if dmask.strides[1] is not None:
-        first_head, last_head, place = place % H, place % H, place // H
+        heads, first_head, place = 1, place % H, place // H
     if dmask.strides[0] is not None:
-        first_batch, last_batch = place, place
+        batches, first_batch = 1, place
 
-    total = tl.zeros([ROWS, KEYS], tl.float32)
-    for batch in range(first_batch, last_batch + 1):
-        for head in range(first_head, last_head + 1):
-            for i in range(first_row, last_row + 1):
-                row = i * ROWS
-                inside = row + tl.arange(0, ROWS) < M
-                queries = gradients.load_queries(x, batch, head, row, inside, META)
-                stats = gradients.load_stats(x, batch * H + head, row, 1, META)
-                last = last_key
-                if META.CAUSAL:
-                    last = tl.minimum(last, (row + ROWS - 1) // KEYS)
-                for j in range(first_key, last + 1):
-                    g_s, _, _, _ = _gradients(
-                        queries, stats, x, batch, head, head // GROUP, row, j * KEYS, M, N, scale,
-                        True, META,
-                    )  # fmt: skip
-                    total += g_s
-    row, key = first_row * ROWS, first_key * KEYS
+    total = tl.zeros([META.BLOCK_M, META.BLOCK_N], tl.float32)
+    for step in range(batches * heads * rows * keys):
+        key = (first_key + step % keys) * META.BLOCK_N
+        row = (first_row + step // keys % rows) * META.BLOCK_M
+        head = first_head + step // (keys * rows) % heads
+        batch = first_batch + step // (keys * rows * heads)
+        inside = row + tl.arange(0, META.BLOCK_M) < M
+        queries = gradients.load_queries(x, batch, head, row, inside, META)
+        stats = gradients.load_stats(x, batch * H + head, row, 1, META)
+        g_s, _, _, _ = _gradients(
+            queries, stats, x, batch, head, head // GROUP, row, key, M, N, scale, True, META
+        )
+        total += g_s
+    row, key = first_row * META.BLOCK_M, first_key * META.BLOCK_N
     _store_mask(dmask, total, first_batch, first_head, row, key, M, N, META)
 
 
@@ -408,7 +402,7 @@ def _pass(
     if through == "both" and "dtq" in gradients and p.dtq is not None:
         through = "both, dtq"
     architecture = _triton.architecture(p.q.device)
-    row = backward_row(architecture, kernel, through, p.q.dtype, precision, max(d, e))
+    row = backward_row(architecture, kernel, through, p.q.dtype, precision, max(d, e), p.causal)
     meta = Meta(
         row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
     )

@@ -1,9 +1,11 @@
 """Tiles of the backward kernels of attention in Triton, each with its reason.
 
-Speeds are modelled for an A100 (bfloat16, long sequences); no row has been measured on a GPU. What
-decides is registers: of a warp that has 32 rows of the product tile, each operand that it loads
-from shared memory serves two tensor core instructions, where with 16 rows it serves one and loads
-are the limit. So the tile is as tall as two sums of features beside it permit.
+Speeds are modelled for an A100 (bfloat16, M = N = 4096) and count all products that a kernel makes;
+no row has been measured on a GPU. What decides is registers: 255 a thread hold two sums of features
+and about four tiles of scores. A warp with 32 rows of a product uses each operand that it loads
+from shared memory twice; with 16 rows once, and then loads, not tensor cores, are the limit. So
+tiles are tall in what they sum for and narrow in what they walk along. Of rows within 5% of each
+other the one with smaller blocks is here, which the model flatters less.
 """
 
 from functools import cache
@@ -14,61 +16,135 @@ from scm_kernels.attention.triton_config import INTERPRETER, Row, family
 
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
 
+_ROWS = (Row(256, 32, 16, 8, 1),)  # bound by memory: any tile that fits registers
 
-# By (kernel, what it goes through), in float16 and bfloat16.
+# By (kernel, through which outputs), in float16 and bfloat16. "both, dtq" is the queries' kernel
+# with a second sum.
 _HALF = {
-    ("rows", "out"): (Row(256, 32, 16, 8, 1),),
-    ("rows", "both"): (Row(256, 32, 16, 8, 1),),
+    ("rows", "out"): _ROWS,
+    ("rows", "both"): _ROWS,
     ("keys", "out"): (
-        Row(64, 32, 128, 4, 2),
-        Row(128, 32, 64, 4, 3),
-        Row(256, 64, 32, 8, 2, step=64),
+        Row(64, 32, 128, 4, 2),  # 32 rows a warp: 203 TFLOP/s, where 64 keys give 153
+        Row(128, 32, 64, 4, 3),  # sums take 128 registers a thread with 16 rows a warp: 151
+        Row(256, 64, 32, 8, 2, step=64),  # fewer keys than rows: warps share out the features. 101
     ),
     ("keys", "both"): (
-        Row(64, 16, 128, 4, 2),
-        Row(80, 16, 64, 4, 3),
-        Row(128, 16, 128, 8, 3, step=32),
-        Row(256, 32, 16, 4, 2, step=64, widest=128),
+        Row(64, 16, 64, 4, 3, causal=True),  # 168: the next row would spill under a causal mask
+        Row(64, 16, 128, 4, 2),  # 32 rows a warp; 16 queries for four tiles of scores: 213
+        Row(80, 16, 64, 4, 3),  # two parts of features take more addresses: 148
+        Row(128, 16, 128, 8, 3, step=32),  # eight warps share the loads of queries: 181
+        Row(256, 32, 16, 4, 2, step=64, widest=128),  # 73
     ),
     ("queries", "out"): (
-        Row(96, 128, 32, 4, 2),
-        Row(128, 128, 64, 8, 2),
-        Row(256, 64, 32, 4, 2, widest=128),
+        Row(96, 128, 32, 4, 2),  # 32 rows a warp: 216 at 64 and at 96 features
+        Row(128, 128, 64, 8, 2),  # 182
+        Row(256, 64, 32, 4, 2, widest=128),  # 91
     ),
     ("queries", "both"): (
-        Row(64, 128, 16, 4, 2),
-        Row(80, 64, 16, 4, 3),
-        Row(128, 128, 16, 8, 3, step=32),
-        Row(256, 16, 32, 4, 1, step=64),
+        Row(64, 128, 16, 4, 2),  # 32 rows a warp; 16 keys for four tiles of scores: 211
+        Row(80, 64, 16, 4, 3),  # 146
+        Row(128, 128, 16, 8, 3, step=32),  # 169
+        Row(256, 16, 32, 4, 1, step=64),  # 55
     ),
     ("queries", "both, dtq"): (
-        Row(80, 64, 16, 4, 3),
-        Row(128, 128, 16, 8, 3, step=32),
-        Row(256, 16, 32, 8, 1, step=64),
+        Row(80, 64, 16, 4, 3),  # 175 at 64 features: 32 rows a warp and two sums do not fit
+        Row(128, 128, 16, 8, 3, step=32),  # 176
+        Row(256, 16, 32, 8, 1, step=64),  # 51
     ),
-    ("mask", "out"): (Row(128, 64, 32, 4, 2), Row(256, 32, 32, 4, 1)),
-    ("mask", "both"): (Row(64, 64, 32, 4, 2), Row(128, 64, 16, 4, 1), Row(256, 16, 16, 4, 1)),
+    ("mask", "out"): (
+        Row(128, 64, 32, 4, 2),  # no sums of features: room for both operands
+        Row(256, 32, 32, 4, 1),
+    ),
+    ("mask", "both"): (
+        Row(64, 64, 32, 4, 2),
+        Row(128, 64, 16, 4, 1),
+        Row(256, 16, 16, 4, 1),
+    ),
 }
 
+# What differs elsewhere, by `triton_config.family`.
+_ELSEWHERE = {
+    "small": {  # the same as far as 99 KiB hold it
+        ("keys", "out"): (*_HALF["keys", "out"][:2], Row(256, 32, 16, 4, 2, step=64)),
+        ("keys", "both"): (
+            *_HALF["keys", "both"][:3],
+            Row(128, 32, 16, 4, 2, step=32),
+            Row(256, 16, 16, 4, 1, step=64),
+        ),
+        ("queries", "out"): (*_HALF["queries", "out"][:2], Row(256, 32, 32, 4, 2)),
+        ("queries", "both"): (
+            *_HALF["queries", "both"][:2],
+            Row(128, 64, 16, 4, 2, step=32),
+            Row(256, 16, 16, 4, 1, step=64),
+        ),
+        ("queries", "both, dtq"): (
+            Row(80, 64, 16, 4, 3),
+            Row(128, 16, 32, 4, 2, step=32),
+            Row(256, 16, 16, 4, 1, step=64),
+        ),
+    },
+    "tensor memory": {  # 512 columns of it hold the sums and scores of 64 keys, not those of 128
+        ("keys", "both"): (
+            Row(128, 16, 64, 4, 2, step=32),
+            Row(256, 32, 16, 4, 1, step=64, widest=128),
+        ),
+    },
+}
+
+# In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
 _FLOAT = {
-    ("rows", "out"): (Row(256, 32, 16, 8, 1),),
-    ("rows", "both"): (Row(256, 32, 16, 8, 1),),
-    ("keys", "out"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("keys", "both"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("queries", "out"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("queries", "both"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("queries", "both, dtq"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("mask", "out"): (Row(256, 32, 32, 4, 2, widest=16),),
-    ("mask", "both"): (Row(256, 32, 32, 4, 2, widest=16),),
+    ("rows", "out"): _ROWS,
+    ("rows", "both"): _ROWS,
+    ("keys", "out"): (
+        Row(64, 32, 32, 4, 2, widest=16),
+        Row(128, 16, 32, 4, 2, widest=16),
+        Row(256, 16, 16, 4, 1, widest=16),
+    ),
+    ("keys", "both"): (
+        Row(64, 16, 32, 8, 2, widest=16, maxnreg=255),
+        Row(128, 16, 32, 8, 1, widest=16, maxnreg=255),
+        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),  # 129 KiB of shared memory
+    ),
+    ("queries", "out"): (
+        Row(64, 32, 32, 4, 2, widest=16),
+        Row(128, 32, 16, 4, 2, widest=16),
+        Row(256, 16, 16, 4, 1, widest=16),
+    ),
+    ("queries", "both"): (
+        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
+        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
+    ),
+    ("queries", "both, dtq"): (
+        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
+        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
+    ),
+    ("mask", "out"): (
+        Row(128, 32, 16, 4, 1, widest=16),
+        Row(256, 16, 16, 4, 1, widest=16),
+    ),
+    ("mask", "both"): (
+        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
+        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
+    ),
 }
 
 
 @cache
 def backward_row(
-    architecture: str, kernel: str, through: str, dtype: torch.dtype, precision: str, features: int
+    architecture: str,
+    kernel: str,
+    through: str,
+    dtype: torch.dtype,
+    precision: str,
+    features: int,
+    causal: bool,
 ) -> Row:
     """The row of the table; `features` is the larger of the head dimensions."""
-    if family(architecture) == "interpreter":
+    gpu = family(architecture)
+    if gpu == "interpreter":
         return INTERPRETER
-    table = _FLOAT if dtype == torch.float32 else _HALF
-    return next(row for row in table[kernel, through] if features <= row.most)
+    if dtype == torch.float32:
+        table = _FLOAT[kernel, through]
+    else:
+        table = _ELSEWHERE.get(gpu, _HALF).get((kernel, through)) or _HALF[kernel, through]
+    return next(r for r in table if features <= r.most and r.causal in (None, causal))

@@ -1,0 +1,69 @@
+"""The time that a call of an op keeps the host busy on the Triton backend: checks, op, launch.
+
+    python -m benchmarks.host [--repeats 2000] [--json host.json]
+
+Kernels are compiled for an A100 and not run: a launch ends where CUDA's driver would take it, some
+microseconds short of a real one. Microseconds of one thread, the least of many turns: what else the
+machine does only adds to them.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+import scm_kernels
+from benchmarks import offline
+from benchmarks.common import report
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """Each op on tensors so small that only the host counts."""
+    x = [torch.randn(1, 2, 64, 64, dtype=torch.bfloat16) for _ in range(6)]
+    leaves = [y.clone().requires_grad_() for y in x]
+    out, t_out = scm_kernels.attention_jvp(*leaves)
+    cotangents = torch.randn_like(out), torch.randn_like(out)
+    F, V, X, J = torch.randn(4, 32, 256)
+    t = torch.rand(32)
+    scalars = torch.rand(32, 4, dtype=torch.float64)
+    normalize = torch.ops.scm_kernels.tangent_normalize
+    return {
+        "attention_jvp": lambda: scm_kernels.attention_jvp(*x),
+        "attention_jvp, graph kept": lambda: scm_kernels.attention_jvp(*leaves),
+        "its backward, both outputs": lambda: torch.autograd.grad(
+            (out, t_out), leaves[:3], cotangents, retain_graph=True
+        ),
+        "tangent_normalize": lambda: normalize(F, V, X, J, scalars, 0.1, False, False, ""),
+        "normalized_tangent": lambda: scm_kernels.normalized_tangent(F, V, X, J, t),
+        "torch.empty_like": lambda: torch.empty_like(F),
+    }
+
+
+def least(run: Callable[[], object], repeats: int) -> float:
+    """Microseconds of CPU time a call, in the quickest of ten turns."""
+    turns = []
+    for _ in range(10):
+        start = time.thread_time()
+        for _ in range(repeats // 10):
+            run()
+        turns.append(1e6 * (time.thread_time() - start) / (repeats // 10))
+    return min(turns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--json", help="also write the rows to this file")
+    options = parser.parse_args()
+    with offline.gpu("sm_80", record=False):
+        rows = []
+        for name, run in calls().items():
+            run()
+            run()
+            rows.append({"call": name, "host us": least(run, options.repeats)})
+    report("host time a call, Triton backend, no GPU", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
