@@ -11,6 +11,7 @@ whose time is the sum. M = N = 4096.
 """
 
 import argparse
+import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -70,6 +71,11 @@ def problems(dtypes: list[torch.dtype]) -> list[Problem]:
     ]
 
 
+def processes() -> ProcessPoolExecutor:
+    """Compilers are single-threaded; and autograd does not survive a fork."""
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
 def table(problem: Problem) -> list[dict]:
     """A row for each kernel of a pass whose time goes to products, and one for all of them."""
     return list(_rows(problem))
@@ -125,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     dtypes = [getattr(torch, name) for name in options.dtype or ["bfloat16", "float16"]]
     chosen = problems(dtypes)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:  # compilers are single-threaded
+    with processes() as pool:
         futures = [pool.submit(table, problem) for problem in chosen]
         lines = [line for future in with_progress(futures) for line in future.result()]
     report("attention on an A100, MODELLED from the compiled kernels", lines, options.json)

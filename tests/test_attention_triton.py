@@ -10,7 +10,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,8 +185,7 @@ def test_wide_heads_compile(dtype):
 
 
 def _in_processes(jobs) -> list[list[tuple]]:
-    """Compilers are single-threaded."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with a100.processes() as pool:
         return list(pool.map(resources, jobs))
 
 
