@@ -73,6 +73,7 @@ GRADIENTS = [
     Case("ptx_d64_f32", F32, d=64, **LONG),
     Case("ptx_causal_gqa", BF16, d=64, causal=True, **(LONG | {"h": 4, "hk": 2, "m": 131})),
     Case("ptx_bias_gradient", BF16, d=64, mask="bias", mask_shape="1hmn", t_mask=True, **LONG),
+    Case("ptx_d128_bias_gradient", BF16, d=128, mask="bias", t_mask=True, **LONG),
     Case("ptx_dead_gradient", BF16, d=64, mask="dead", mask_shape="b1mn", **LONG),
 ]
 

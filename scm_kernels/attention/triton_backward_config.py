@@ -91,6 +91,34 @@ _ELSEWHERE = {
     },
 }
 
+# Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
+# registers and the shared memory of half of the others.
+_MASKED = {
+    ("keys", "out"): (
+        Row(128, 16, 64, 4, 3),
+        Row(256, 32, 16, 4, 2, step=64),
+    ),
+    ("keys", "both"): (
+        Row(80, 16, 64, 4, 3),
+        Row(128, 32, 16, 4, 2, step=32),
+        Row(256, 16, 16, 4, 1, step=64),
+    ),
+    ("queries", "out"): (
+        Row(128, 64, 32, 4, 3),
+        Row(256, 32, 32, 4, 2),
+    ),
+    ("queries", "both"): (
+        Row(80, 64, 16, 4, 3),
+        Row(128, 16, 32, 4, 2, step=32),
+        Row(256, 16, 16, 4, 1, step=64),
+    ),
+    ("queries", "both, dtq"): (
+        Row(80, 64, 16, 4, 3),
+        Row(128, 16, 32, 4, 2, step=32),
+        Row(256, 16, 16, 4, 1, step=64),
+    ),
+}
+
 # In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
 _FLOAT = {
     ("rows", "out"): _ROWS,
@@ -138,13 +166,17 @@ def backward_row(
     precision: str,
     features: int,
     causal: bool,
+    masked: bool,
 ) -> Row:
-    """The row of the table; `features` is the larger of the head dimensions."""
+    """The row of the table; `features` is the larger of the head dimensions, `masked` says whether
+    there is a mask with more than one row."""
     gpu = family(architecture)
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
         table = _FLOAT[kernel, through]
+    elif masked and (kernel, through) in _MASKED:
+        table = _MASKED[kernel, through]
     else:
         table = _ELSEWHERE.get(gpu, _HALF).get((kernel, through)) or _HALF[kernel, through]
     return next(r for r in table if features <= r.most and r.causal in (None, causal))
