@@ -290,7 +290,7 @@ def test_every_family_has_a_row(dtype):
     for architecture in ("", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a"):
         for features in (1, 64, 72, 128, 256):
             for causal in (False, True):
-                row = triton_config.forward_row(architecture, dtype, "ieee", features, causal)
+                row = triton_config.forward_row(architecture, dtype, features, causal)
                 assert row.most >= features
 
 

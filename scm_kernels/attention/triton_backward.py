@@ -403,9 +403,7 @@ def _pass(
         through = "both, dtq"
     architecture = _triton.architecture(p.q.device)
     masked = any(x is not None and x.shape[2] > 1 for x in (p.mask, p.tmask))
-    row = backward_row(
-        architecture, kernel, through, p.q.dtype, precision, max(d, e), p.causal, masked
-    )
+    row = backward_row(architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked)
     meta = Meta(
         row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
     )

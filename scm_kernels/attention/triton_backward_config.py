@@ -18,6 +18,13 @@ PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK
 
 _ROWS = (Row(256, 32, 16, 8, 1),)  # bound by memory: any tile that fits registers
 
+# Of the queries' kernel through both outputs, where registers or shared memory are short.
+_LITTLE_ROOM = (
+    Row(80, 64, 16, 4, 3),
+    Row(128, 16, 32, 4, 2, step=32),
+    Row(256, 16, 16, 4, 1, step=64),
+)
+
 # By (kernel, through which outputs), in float16 and bfloat16. "both, dtq" is the queries' kernel
 # with a second sum.
 _HALF = {
@@ -77,11 +84,7 @@ _ELSEWHERE = {
             Row(128, 64, 16, 4, 2, step=32),
             Row(256, 16, 16, 4, 1, step=64),
         ),
-        ("queries", "both, dtq"): (
-            Row(80, 64, 16, 4, 3),
-            Row(128, 16, 32, 4, 2, step=32),
-            Row(256, 16, 16, 4, 1, step=64),
-        ),
+        ("queries", "both, dtq"): _LITTLE_ROOM,
     },
     "tensor memory": {  # 512 columns of it hold the sums and scores of 64 keys, not those of 128
         ("keys", "both"): (
@@ -107,19 +110,15 @@ _MASKED = {
         Row(128, 64, 32, 4, 3),
         Row(256, 32, 32, 4, 2),
     ),
-    ("queries", "both"): (
-        Row(80, 64, 16, 4, 3),
-        Row(128, 16, 32, 4, 2, step=32),
-        Row(256, 16, 16, 4, 1, step=64),
-    ),
-    ("queries", "both, dtq"): (
-        Row(80, 64, 16, 4, 3),
-        Row(128, 16, 32, 4, 2, step=32),
-        Row(256, 16, 16, 4, 1, step=64),
-    ),
+    ("queries", "both"): _LITTLE_ROOM,
+    ("queries", "both, dtq"): _LITTLE_ROOM,
 }
 
 # In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
+_FLOAT_BOTH = (
+    Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
+    Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
+)
 _FLOAT = {
     ("rows", "out"): _ROWS,
     ("rows", "both"): _ROWS,
@@ -138,22 +137,13 @@ _FLOAT = {
         Row(128, 32, 16, 4, 2, widest=16),
         Row(256, 16, 16, 4, 1, widest=16),
     ),
-    ("queries", "both"): (
-        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
-        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
-    ),
-    ("queries", "both, dtq"): (
-        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
-        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
-    ),
+    ("queries", "both"): _FLOAT_BOTH,
+    ("queries", "both, dtq"): _FLOAT_BOTH,
     ("mask", "out"): (
         Row(128, 32, 16, 4, 1, widest=16),
         Row(256, 16, 16, 4, 1, widest=16),
     ),
-    ("mask", "both"): (
-        Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
-        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
-    ),
+    ("mask", "both"): _FLOAT_BOTH,
 }
 
 
@@ -163,7 +153,6 @@ def backward_row(
     kernel: str,
     through: str,
     dtype: torch.dtype,
-    precision: str,
     features: int,
     causal: bool,
     masked: bool,

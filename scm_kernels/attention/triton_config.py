@@ -119,9 +119,7 @@ INTERPRETER = Row(256, 64, 64, 4, 1, rest=64, padding=64, masked=64)
 
 
 @cache
-def forward_row(
-    architecture: str, dtype: torch.dtype, precision: str, features: int, causal: bool
-) -> Row:
+def forward_row(architecture: str, dtype: torch.dtype, features: int, causal: bool) -> Row:
     """The row of the table; `features` is the larger of the head dimensions."""
     if family(architecture) == "interpreter":
         return INTERPRETER

@@ -74,20 +74,12 @@ def _scores(q, tq, k, tk, PRECISION: tl.constexpr):
     """
     s, t = None, None
     for i in tl.static_range(len(k)):
-        s = _dot(q[i], k[i], s, PRECISION)
+        s = tiles.dot(q[i], k[i], s, PRECISION)
         if len(tq) > 0:
-            t = _dot(tq[i], k[i], t, PRECISION)
+            t = tiles.dot(tq[i], k[i], t, PRECISION)
         if len(tk) > 0:
-            t = _dot(q[i], tk[i], t, PRECISION)
+            t = tiles.dot(q[i], tk[i], t, PRECISION)
     return s, t
-
-
-@triton.jit
-def _dot(x, y, total, PRECISION: tl.constexpr):
-    if total is None:
-        return tl.dot(x, y, input_precision=PRECISION)
-    else:
-        return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -100,17 +92,17 @@ def _values(state, a, p, h, v, tv, PRECISION: tl.constexpr):
     if len(sums) > 0:
         # Row sums of what the products see, by products with ones: no conversion back is needed.
         ones = tl.full([p.shape[1], SUMS], 1.0, low.dtype)
-        sums = (_dot(low, ones, sums[0] * a[:, None], PRECISION),)
+        sums = (tiles.dot(low, ones, sums[0] * a[:, None], PRECISION),)
         if h is not None:
-            sums = sums + (_dot(h, ones, state.sums[1] * a[:, None], PRECISION),)
+            sums = sums + (tiles.dot(h, ones, state.sums[1] * a[:, None], PRECISION),)
     for i in tl.static_range(len(v)):
-        acc = acc + (_dot(low, v[i], state.acc[i] * a[:, None], PRECISION),)
+        acc = acc + (tiles.dot(low, v[i], state.acc[i] * a[:, None], PRECISION),)
         if len(state.tacc) > 0:
             x = state.tacc[i] * a[:, None]
             if h is not None:
-                x = _dot(h, v[i], x, PRECISION)
+                x = tiles.dot(h, v[i], x, PRECISION)
             if len(tv) > 0:
-                x = _dot(low, tv[i], x, PRECISION)
+                x = tiles.dot(low, tv[i], x, PRECISION)
             tacc = tacc + (x,)
     return sums, acc, tacc
 
@@ -186,30 +178,13 @@ def _mean(t, live):
 
 
 @triton.jit
-def _load(
-    x, batch, head, key, live, KEYS: tl.constexpr, F: tl.constexpr, TURNED: tl.constexpr,
-    VEC: tl.constexpr,
-):  # fmt: skip
-    """KEYS keys of a head from `key` on, () of an absent tensor."""
-    if x is None:
-        return ()
-    else:
-        start = tiles.head_start(x.data, x.strides, batch, head, VEC)
-        start = tiles.row_start(start, x.strides, key, VEC)
-        if TURNED:
-            return tiles.load_turned(start, x.strides, live, KEYS, F.parts, F.width, VEC)
-        else:
-            return tiles.load(start, x.strides, live, KEYS, F.parts, F.width, VEC)
-
-
-@triton.jit
 def _load_keys(x, batch, head, key, live, KEYS: tl.constexpr, META: tl.constexpr):
     """(k, tk, v, tv) of a tile; k and tk are [features, N]."""
     return (
-        _load(x.k, batch, head, key, live, KEYS, META.D, True, META.VEC),
-        _load(x.tk, batch, head, key, live, KEYS, META.D, True, META.VEC),
-        _load(x.v, batch, head, key, live, KEYS, META.E, False, META.VEC),
-        _load(x.tv, batch, head, key, live, KEYS, META.E, False, META.VEC),
+        tiles.load_rows(x.k, batch, head, key, live, KEYS, META.D, META.VEC, True),
+        tiles.load_rows(x.tk, batch, head, key, live, KEYS, META.D, META.VEC, True),
+        tiles.load_rows(x.v, batch, head, key, live, KEYS, META.E, META.VEC),
+        tiles.load_rows(x.tv, batch, head, key, live, KEYS, META.E, META.VEC),
     )
 
 
@@ -231,8 +206,8 @@ def _live(rows, keys, N, META: tl.constexpr):
 def _first_shift(q, tq, x, batch, head, rows, N, scale, META: tl.constexpr):
     """c, the mean of T over the live keys of the first tile; every row has one without a mask."""
     keys = tl.arange(0, META.REST)
-    k = _load(x.k, batch, head, 0, keys < N, META.REST, META.D, True, META.VEC)
-    tk = _load(x.tk, batch, head, 0, keys < N, META.REST, META.D, True, META.VEC)
+    k = tiles.load_rows(x.k, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
+    tk = tiles.load_rows(x.tk, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
     _, t = _scores(q, tq, k, tk, META.PRECISION)
     live = tl.broadcast_to(_live(rows, keys, N, META), t.shape)
     return _mean(tl.where(live, t, 0.0), live) * scale
@@ -376,7 +351,7 @@ def launch_attention_forward(problem: Forward, precision: str) -> None:
 
 def _plan(p: Forward, precision: str) -> _Plan:
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
-    row = forward_row(_triton.architecture(p.q.device), p.q.dtype, precision, max(d, e), p.causal)
+    row = forward_row(_triton.architecture(p.q.device), p.q.dtype, max(d, e), p.causal)
     tensors = _tensors(p)
     vec = _triton.vector(*tensors[:6], *tensors[8:])
     strides = [_triton.strides(x, vec) for x in tensors]

@@ -32,11 +32,6 @@ class Features(NamedTuple):
     parts: tuple[tuple[int, int], ...]
 
 
-def mask_view(x: Tensor | None) -> View | None:
-    """A mask of four dimensions."""
-    return None if x is None else View(x, mask_strides(x))
-
-
 def mask_strides(x: Tensor | None) -> tuple[int | None, ...] | None:
     """Of a mask of four dimensions; one of size 1 has no stride."""
     if x is None:
@@ -94,33 +89,21 @@ def _load_part(where, live, columns, END: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load(
-    x, strides, live, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr
-):
-    """ROWS rows from address x on, in parts; `live` [ROWS] or None: all. Zeros beyond."""
-    offsets = _row_offsets(strides, ROWS, VEC)[:, None]
-    if live is not None:
-        live = live[:, None]
-    parts = ()
-    for i in tl.static_range(len(PARTS)):
-        columns = (PARTS[i][0] + tl.arange(0, PARTS[i][1]))[None, :]
-        where = x + (offsets + columns)
-        parts = parts + (_load_part(where, live, columns, PARTS[i][0] + PARTS[i][1], D),)
-    return parts
+    x, strides, live, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
+    TURNED: tl.constexpr = False,
+):  # fmt: skip
+    """ROWS rows from address x on, in parts; `live` [ROWS] or None: all. Zeros beyond.
 
-
-@triton.jit
-def load_turned(
-    x, strides, live, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr
-):
-    """The same with parts [features, ROWS]: a product that wants them so, twice, then loads them
-    from shared memory once, which it does not with `tl.trans`.
+    TURNED gives parts [features, ROWS]: a product that wants them so, twice, then loads them from
+    shared memory once, which it does not with `tl.trans`.
     """
-    offsets = _row_offsets(strides, ROWS, VEC)[None, :]
+    ROW_AXIS: tl.constexpr = 0 if TURNED else 1  # the axis that rows do not lie along
+    offsets = tl.expand_dims(_row_offsets(strides, ROWS, VEC), ROW_AXIS)
     if live is not None:
-        live = live[None, :]
+        live = tl.expand_dims(live, ROW_AXIS)
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        columns = (PARTS[i][0] + tl.arange(0, PARTS[i][1]))[:, None]
+        columns = tl.expand_dims(PARTS[i][0] + tl.arange(0, PARTS[i][1]), 1 - ROW_AXIS)
         where = x + (offsets + columns)
         parts = parts + (_load_part(where, live, columns, PARTS[i][0] + PARTS[i][1], D),)
     return parts
@@ -146,13 +129,16 @@ def store(
 
 
 @triton.jit
-def load_rows(x, batch, head, row, live, ROWS: tl.constexpr, F: tl.constexpr, VEC: tl.constexpr):
-    """ROWS rows of a head of a view, from `row` on, as parts; none of an absent tensor."""
+def load_rows(
+    x, batch, head, row, live, ROWS: tl.constexpr, F: tl.constexpr, VEC: tl.constexpr,
+    TURNED: tl.constexpr = False,
+):  # fmt: skip
+    """ROWS rows of a head of a view, from `row` on, as `load` has them; () of an absent tensor."""
     if x is None:
         return ()
     else:
         start = row_start(head_start(x.data, x.strides, batch, head, VEC), x.strides, row, VEC)
-        return load(start, x.strides, live, ROWS, F.parts, F.width, VEC)
+        return load(start, x.strides, live, ROWS, F.parts, F.width, VEC, TURNED)
 
 
 @triton.jit
@@ -222,22 +208,19 @@ def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def scaled(parts, factor):
-    """Each row [ROWS, features] times its factor [ROWS]."""
-    result = ()
-    for i in tl.static_range(len(parts)):
-        result = result + (parts[i] * factor[:, None],)
-    return result
+def dot(x, y, total, PRECISION: tl.constexpr):
+    """total + x y; a total of None is zeros."""
+    if total is None:
+        return tl.dot(x, y, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
 def over_features(a, b, total, PRECISION: tl.constexpr):
     """total + a b^T: [M, features] and [N, features] give [M, N]; a total of None is zeros."""
     for i in tl.static_range(len(a)):
-        if total is None:
-            total = tl.dot(a[i], tl.trans(b[i]), input_precision=PRECISION)
-        else:
-            total = tl.dot(a[i], tl.trans(b[i]), total, input_precision=PRECISION)
+        total = dot(a[i], tl.trans(b[i]), total, PRECISION)
     return total
 
 
@@ -246,5 +229,5 @@ def over_keys(p, v, totals, PRECISION: tl.constexpr):
     """totals + p v: [M, N] and [N, features] give [M, features], in parts."""
     result = ()
     for i in tl.static_range(len(v)):
-        result = result + (tl.dot(p, v[i], totals[i], input_precision=PRECISION),)
+        result = result + (dot(p, v[i], totals[i], PRECISION),)
     return result
