@@ -107,6 +107,11 @@ CALLS = [
     (torch.rms_norm, "batch", lambda p, x: torch.rms_norm(x, (6,), p.vector)),
     (F.group_norm, "image", lambda p, x: F.group_norm(x, 2)),
     (F.group_norm, "image", lambda p, x: F.group_norm(x, 2, p.channels, p.channels, 1e-2)),
+    (
+        F.group_norm,
+        "image",
+        lambda p, x: F.group_norm(x.to(memory_format=torch.channels_last), 2, p.channels),
+    ),
     (F.group_norm, "rows", lambda p, x: F.group_norm(x, num_groups=3, bias=p.vector)),
     (F.group_norm, "image", lambda p, x: F.group_norm(x, 4, weight=x[0, :, 0, 0])),
     (torch.group_norm, "image", lambda p, x: torch.group_norm(x, 2, p.channels)),

@@ -57,14 +57,15 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
     (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
     out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
     with tangent_context(mode):
-        grouped, t_grouped = (
-            None if a is None else a.reshape(a.shape[0], num_groups, -1) for a in (x, tx)
-        )
-        xhat, t_xhat = _normalize(grouped, t_grouped, (-1,), eps, center=True)
-        t_xhat = None if t_xhat is None else t_xhat.reshape(x.shape)
+        # [B, groups, C / groups, ...]: views in any layout, channels_last too.
+        split = num_groups, x.shape[1] // num_groups
+        grouped, t_grouped = (None if a is None else a.unflatten(1, split) for a in (x, tx))
+        dims = tuple(range(2, grouped.ndim))
+        xhat, t_xhat = _normalize(grouped, t_grouped, dims, eps, center=True)
+        t_xhat = None if t_xhat is None else t_xhat.flatten(1, 2)
         channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
-        t_out = _affine(xhat.reshape(x.shape), t_xhat, w, tw, tb)
+        t_out = _affine(xhat.flatten(1, 2), t_xhat, w, tw, tb)
     return forward_ad.make_dual(out, t_out.to(out.dtype))
 
 
