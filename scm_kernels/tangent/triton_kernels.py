@@ -90,7 +90,7 @@ def tangent_norm_kernel(
         start = tile * COLUMNS
         mask = _mask(live, tl.arange(0, COLUMNS), D * VEC - start)
         g = _combine(inputs, strides, scalars, rows, start, mask, COLUMNS, VEC).to(tl.float64)
-        squares += g * g
+        squares = tl.fma(g, g, squares)
     tl.store(sums + rows * parts + part, tl.sum(squares, axis=1), mask=live)
 
 
@@ -162,7 +162,7 @@ def tangent_normalize_kernel(
     for i in tl.static_range(PIECES):
         mask = None if i < PIECES - 1 else last
         g = _combine(inputs, strides, scalars, rows, i * COLUMNS, mask, COLUMNS, VEC)
-        squares += g.to(tl.float64) * g.to(tl.float64)
+        squares = tl.fma(g.to(tl.float64), g.to(tl.float64), squares)
         pieces = pieces + (g,)
     total = tl.sum(squares, axis=1)
     finite, s = (total < float("inf"))[:, None], _scale(total, count, c)[:, None]
