@@ -105,7 +105,7 @@ def _rows(problem: Problem) -> Iterator[dict]:
             "warps": launch.metadata.num_warps,
             "stages": launch.metadata.num_stages,
             "registers": estimate["regs"],
-            "local B": launch.local_memory(),
+            "local B": launch.spilled(),
             "shared KiB": round(estimate["smem"] / 1024),
             "blocks": estimate["occupancy"]["blocks"],
             "binding": timing["binding"],

@@ -78,14 +78,20 @@ class Launch:
         """Bytes of shared memory a block."""
         return self.metadata.shared
 
-    def local_memory(self) -> int:
-        """Bytes of local memory a thread, which is where registers spill to; NVIDIA alone."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(self.code("cubin"))
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("STACK", "LOCAL"))
-        return stack + local
+    def spilled(self) -> int:
+        """What a kernel keeps in memory for want of registers: bytes of local memory a thread on
+        NVIDIA's GPUs, registers on AMD's."""
+        if self.metadata.target.backend == "hip":
+            found = re.findall(r"_spill_count: *(\d+)", self.code("amdgcn").decode())
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                Path(file.name).write_bytes(self.code("cubin"))
+                command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+        if len(found) != 2:
+            raise ValueError(f"{self.name}: got {found} for what is spilled, expected two numbers")
+        return sum(map(int, found))
 
     def code(self, stage: str) -> bytes:
         """What the compiler made: "ptx", "cubin", "ttgir", ...; "amdgcn" and "hsaco" for AMD."""

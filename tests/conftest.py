@@ -1,5 +1,6 @@
 """`pytest -m gpu`: every test that runs a backend on the GPU of this machine, if it has one.
 `SCM_KERNELS_BACKEND=<name> pytest`: what that backend does not take is skipped, and says so.
+Fixtures that give Triton's kernels a simulated GPU.
 """
 
 import os
@@ -19,12 +20,35 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture
+def ptxsim():
+    """The simulator of PTX."""
+    offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs the kernels itself")
+    try:
+        return offline.tool("ptxsim")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def launches(ptxsim):
+    """A simulated GPU, and what is launched on it."""
+    from benchmarks import offline
+
+    with offline.gpu("sm_80", simulate=True) as launches:
+        yield launches
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     try:
         return (yield)
-    except NotImplementedError as error:
+    except Exception as error:
         forced = os.environ.get("SCM_KERNELS_BACKEND")
+        while error.__cause__ is not None:  # what opcheck raises has one
+            error = error.__cause__
         if forced and f"backend {forced!r} was forced, but it does not take" in str(error):
             pytest.skip(str(error))
         raise

@@ -16,7 +16,6 @@ import pytest
 import test_attention as shared
 import torch
 from attention_cases import Case, draw
-from test_tangent_triton import ptxsim  # noqa: F401  # a fixture
 
 import scm_kernels
 from scm_kernels import _triton, attention_jvp
@@ -30,13 +29,6 @@ pytestmark = pytest.mark.skipif(_triton.interpreting(), reason="TRITON_INTERPRET
 slow, ptx = pytest.mark.slow, pytest.mark.ptx
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LONG = {"b": 1, "h": 2, "m": 70, "n": 131}  # two tiles of rows; whole tiles of keys, and a rest
-
-
-@pytest.fixture
-def launches(ptxsim):  # noqa: F811
-    """A simulated GPU, and what is launched on it."""
-    with offline.gpu("sm_80", simulate=True) as launches:
-        yield launches
 
 
 # --- the simulator --------------------------------------------------------------------------------
@@ -139,7 +131,7 @@ def resources(job) -> list[tuple]:
     """(name, bytes of local memory, of shared memory) of a problem's kernels."""
     problem, target = job
     launches = problem.launches(target)
-    return [(x.name, x.local_memory() if target == "sm_80" else None, x.shared) for x in launches]
+    return [(x.name, x.spilled() if target == "sm_80" else None, x.shared) for x in launches]
 
 
 SPILLS = [

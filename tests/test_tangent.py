@@ -11,9 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scm_kernels import _backends
 from scm_kernels.tangent import consistency_loss, normalized_tangent
-from scm_kernels.tangent.problem import Norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = ("paper", "rms", "sana", "rcm", "meanflow")
@@ -21,19 +19,8 @@ NORMALISED = PRESETS[:-1]
 INPUTS = ("output", "dxdt", "x_t", "jvp")
 
 
-def skip_unless_taken(dtype):
-    """Skip where the environment forces a backend that has no such dtype."""
-    inputs = torch.zeros(4, 1, 1, dtype=dtype, device=DEVICE)
-    scalars = torch.zeros(1, 4, dtype=torch.float64, device=DEVICE)
-    try:
-        _backends.choose("tangent", "norm", Norm(*inputs, scalars, scalars[:, 0]), "")
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-
-
 def make(shape, dtype=torch.float64, seed=0):
     """F, V, X, J [B, ...] and t, w [B], of ordinary size."""
-    skip_unless_taken(dtype)
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in INPUTS]
     t = torch.rand(shape[0], generator=generator, dtype=torch.float64) * 1.4 + 0.1
@@ -153,7 +140,6 @@ def test_warmup_may_be_a_tensor(kind, preset):
 
 def test_tangent_is_the_derivative_of_the_consistency_function():
     """At r = 1, g before normalising is cos t df/dt along the PF-ODE (arXiv 2410.11081, Eq. 6)."""
-    skip_unless_taken(torch.float64)
     torch.manual_seed(0)
     weight = torch.randn(8, 8, dtype=torch.float64)
     x, V = torch.randn(2, 3, 8, dtype=torch.float64)

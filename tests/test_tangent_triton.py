@@ -24,24 +24,6 @@ ops = torch.ops.scm_kernels
 slow, ptx = pytest.mark.slow, pytest.mark.ptx
 
 
-@pytest.fixture
-def ptxsim():
-    """The simulator."""
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs the kernels itself")
-    try:
-        return offline.tool("ptxsim")
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def launches(ptxsim):
-    """A simulated GPU, and what is launched on it."""
-    with offline.gpu("sm_80", simulate=True) as launches:
-        yield launches
-
-
 def steps(inputs, coefficients):
     """Each step, to be called."""
     return {
@@ -165,21 +147,6 @@ def test_each_byte_moves_once(ptxsim, launches, shape, dtype):
 SIZES = sorted({min(t.most, 40_000) for t in config.SUMMED + config.APPLIED + config.KEPT})
 
 
-def spilled(launch, folder):
-    """What a kernel keeps in memory for want of registers."""
-    from triton import knobs
-
-    if launch.metadata.target.backend == "hip":
-        found = re.findall(r"_spill_count: *(\d+)", launch.code("amdgcn").decode())
-    else:
-        (folder / "cubin").write_bytes(launch.code("cubin"))
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(folder / "cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)
-    assert len(found) == 2
-    return sum(map(int, found))
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("target", "dtype"),
@@ -194,7 +161,7 @@ def spilled(launch, folder):
         for dtype in shared.DTYPES
     ],
 )
-def test_nothing_spills(tmp_path, target, dtype, size):
+def test_nothing_spills(target, dtype, size):
     """Every row of the tables; on NVIDIA's GPUs in 16-byte accesses, but for the tiniest."""
     inputs = [torch.empty(2, size, dtype=dtype) for _ in range(4)]
     coefficients = torch.empty(2, 4, dtype=torch.float64)
@@ -202,7 +169,7 @@ def test_nothing_spills(tmp_path, target, dtype, size):
         for step in steps(inputs, coefficients).values():
             step()
     for launch in launches:
-        assert spilled(launch, tmp_path) == 0, launch.name
+        assert launch.spilled() == 0, launch.name
         vectors = size > config.TINY.most and launch.name != "tangent_sum_kernel"
         if target != "gfx942" and vectors:
             assert b"ld.global.v4.b32" in launch.code("ptx"), launch.name
@@ -225,7 +192,7 @@ def test_sizes_share_a_kernel():
     assert len({launch.metadata.hash for launch in launches}) == 4
 
 
-# --- without a GPU, without Triton ----------------------------------------------------------------
+# --- interpreted ----------------------------------------------------------------------------------
 
 
 def run(*command, **variables):
@@ -252,16 +219,6 @@ def test_interpreted(chosen):
     assert result.returncode == 0, result.stdout
     assert re.search(r"\d+ passed", result.stdout)
     assert "skipped" not in result.stdout
-
-
-def test_triton_is_not_needed():
-    script = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import scm_kernels; from scm_kernels.tangent import triton\n"
-        "print(triton.unavailable())"
-    )
-    result = run("-c", script, TRITON_INTERPRET="1")
-    assert "`pip install triton`" in result.stdout, result.stderr
 
 
 def test_what_is_refused():

@@ -44,7 +44,10 @@ def test_interpreted():
 
 
 def test_without_triton():
-    assert "Triton cannot be imported" in status(WITHOUT + STATUS, TRITON_INTERPRET="1")
+    doors = "import scm_kernels.attention.triton, scm_kernels.tangent.triton; "
+    printed = status(WITHOUT + doors + STATUS, TRITON_INTERPRET="1")
+    assert "Triton cannot be imported" in printed
+    assert "`pip install triton`" in printed
 
 
 def test_a_gpu_that_is_too_old(monkeypatch):
