@@ -3,24 +3,25 @@ pyproject.toml.
 
 SCM_KERNELS_BUILD chooses what is built:
 
-    auto    what the compilers on this machine allow; where there is none, a message (the default)
+    auto    what the compilers on this machine allow; where one is missing, a message (the default)
     none    nothing: the package is then pure Python
     cpu     the CPU kernels, or an error
     cuda    the CPU and the CUDA kernels, or an error
 
-CXX names the compiler (GCC 12 or Clang 16 and later), CXXFLAGS and LDFLAGS are appended,
-SCM_KERNELS_SANITIZE=address,undefined (or thread) builds with sanitizers. No torch is needed: the
-kernels take plain pointers.
+CXX names the compiler (GCC 12 or Clang 16 and later), CXXFLAGS and LDFLAGS are appended, CUDA_HOME
+names the folder of NVIDIA's toolkit (else nvcc is looked for on PATH), to whose nvcc
+NVCC_APPEND_FLAGS are appended, SCM_KERNELS_SANITIZE=address,undefined (or thread) builds with
+sanitizers. Neither torch nor a GPU is needed: the kernels take plain pointers.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,6 +32,12 @@ SOURCES = Path(__file__).parent.absolute() / "csrc"
 # csrc/cpu/<kernel>.cpp, once for each instruction set
 KERNELS = ("isa", "attention_forward", "attention_backward", "tangent")
 SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel")
+# csrc/cuda/<kernel>.cu, attention once for each head dimension, and what is C++ there
+CUDA_KERNELS = {
+    **{f"attention_forward.d{d}": f"-DSCM_HEAD_DIM={d}" for d in (64, 72, 96, 112, 128)},
+    "tangent": "",
+}
+CUDA_SHARED = ("attention_dispatch", "bindings", "queue")
 
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
 # Best first. "baseline" is what the compiler assumes: SSE2 on x86-64, NEON on AArch64.
@@ -51,6 +58,18 @@ SANITIZE = "-fsanitize={} -fno-sanitize-recover=all -g -O1 -fexpensive-optimizat
 PROBE = """
 typedef float Vec __attribute__((vector_size(16)));
 Vec f(Vec a, Vec b) { return a > b ? a : __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+"""
+
+# Machine code for an A100, and PTX that a driver compiles for later GPUs.
+CUDA_FLAGS = (
+    "-std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -Werror all-warnings "
+    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+)
+# Static, so that the module is loaded where there is no CUDA; it looks for a driver when called.
+CUDA_RUNTIME = "-lcudart_static -ldl -lrt -lpthread"
+CUDA_PROBE = """
+__global__ void kernel(const __grid_constant__ int x, int* y) { *y = x; }
+void run(int* y) { kernel<<<1, 1>>>(1, y); }
 """
 
 
@@ -94,25 +113,67 @@ class Compiler:
             return (done.stderr or "no reason given") if done.returncode else ""
 
 
+class Nvcc:
+    """NVIDIA's compiler, with the C++ compiler for the host's part, and what its objects want."""
+
+    def __init__(self, cxx: Compiler):
+        home = os.environ.get("CUDA_HOME")
+        name = os.path.join(home, "bin", "nvcc") if home else "nvcc"
+        if shutil.which(name) is None:
+            raise BuildError(f"no {name} found (CUDA_HOME names the toolkit's folder)")
+        host = [word for word in cxx.command if not word.startswith("-")][-1]  # of "ccache g++"
+        self.command = [name, "-ccbin", host, *CUDA_FLAGS.split()]
+        with tempfile.TemporaryDirectory() as place:
+            source = Path(place, "probe.cu")
+            source.write_text(CUDA_PROBE)
+            compiling = [*self.command, "-c", str(source), "-o", f"{source}.o"]
+            # Lines such as `#$ INCLUDES="-I/usr/local/cuda/include"`, of what it would do.
+            plan = dict(
+                re.findall(r"^#\$ (\w+)=(.*)", self._run(name, [*compiling, "--dryrun"]), re.M)
+            )
+            self.include_flags = shlex.split(plan.get("INCLUDES", ""))
+            self.link_flags = shlex.split(plan.get("LIBRARIES", "")) + CUDA_RUNTIME.split()
+            self._run(name, compiling)
+            linking = [*cxx.command, f"{source}.o", "-shared", *self.link_flags]
+            self._run(name, [*linking, "-o", f"{source}.so"])
+
+    def _run(self, name: str, command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError(f"{name!r} fails on a probe for sm_80:\n{done.stdout}{done.stderr}")
+        return done.stderr
+
+
+class Module(Extension):
+    """The native module and the compilers that build it."""
+
+    def __init__(self, cxx: Compiler, nvcc: Nvcc | None, **options):
+        super().__init__("scm_kernels._C", [], **options)
+        self.cxx, self.nvcc = cxx, nvcc
+
+
 class Build(build_ext):
     """Compiles the module with one run of ninja, which compiles again what has changed."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: Module) -> None:
         place = Path(self.build_temp).absolute()
         place.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        (place / "build.ninja").write_text(ninja_file(compiler(), target))
         loudness = {0: ["--quiet"], 1: []}.get(self.verbose, ["-v"])
         command = [*ninja(), *loudness, "-C", str(place)]
-        if subprocess.run(command, check=False).returncode != 0:
+
+        def build(nvcc: Nvcc | None) -> bool:
+            (place / "build.ninja").write_text(ninja_file(ext.cxx, nvcc, target))
+            return subprocess.run(command, check=False).returncode == 0
+
+        done = build(ext.nvcc)
+        if not done and ext.nvcc and ext.optional:
+            print("scm_kernels: building without the CUDA kernels, see above", file=sys.stderr)
+            done = build(None)
+        if not done:
             target.unlink(missing_ok=True)  # nothing, sooner than an old one
             raise BuildError(f"{shlex.join(command)} failed, see above")
-
-
-@cache
-def compiler() -> Compiler:
-    return Compiler()
 
 
 def ninja() -> list[str]:
@@ -126,8 +187,56 @@ def ninja() -> list[str]:
     return [os.path.join(package.BIN_DIR, "ninja")]
 
 
-def ninja_file(cxx: Compiler, target: Path) -> str:
+def ninja_file(cxx: Compiler, nvcc: Nvcc | None, target: Path) -> str:
     """The build as a ninja file: each kernel for each instruction set, the bindings, the link."""
+    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if not cxx.refuses(flags)}
+    call, link_flags = [*cxx.command, *cxx.flags], cxx.link_flags
+    lines = compile_rule("compile", [*call, *includes()])
+    objects = []
+
+    def compile_source(stem: str, name: str, flags: list[str], rule: str = "compile") -> None:
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: {rule} {path(SOURCES / stem)}")
+        lines.append(f"  flags = {shell(flags)}")
+
+    if nvcc:  # first, for these take longest
+        lines += compile_rule("compile_cuda", [*nvcc.command, f"-I{SOURCES}"])
+        for name, flags in CUDA_KERNELS.items():
+            source = f"cuda/{name.partition('.')[0]}.cu"
+            compile_source(source, f"cuda/{name}", flags.split(), "compile_cuda")
+        for stem in CUDA_SHARED:
+            compile_source(f"cuda/{stem}.cpp", f"cuda/{stem}", nvcc.include_flags)
+        link_flags = [*link_flags, *nvcc.link_flags]
+    for name, flags in sets.items():
+        for kernel in KERNELS:
+            options = [*flags.split(), f"-DSCM_ISA={name}"]
+            compile_source(f"cpu/{kernel}.cpp", f"{kernel}.{name}", options)
+    names = "".join(f"X({name})" for name in sets)
+    for stem in SHARED:
+        options = [f"-DSCM_ISAS(X)={names}", *(["-DSCM_CUDA"] if nvcc else [])]
+        compile_source(f"{stem}.cpp", Path(stem).name, options)
+    lines += [
+        "rule link",
+        f"  command = {shell(call)} $in {shell(link_flags)} -o $out",
+        "  description = link $out",
+        f"build {path(target)}: link {' '.join(objects)}",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def compile_rule(name: str, command: list[str]) -> list[str]:
+    """A rule of a ninja file; what a source includes is found out on the way."""
+    return [
+        f"rule {name}",
+        f"  command = {shell(command)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+    ]
+
+
+def includes() -> list[str]:
+    """Where the C++ sources find pybind11, Python and each other."""
     try:
         import pybind11
     except ImportError:
@@ -135,36 +244,7 @@ def ninja_file(cxx: Compiler, target: Path) -> str:
     python = sysconfig.get_path("include")
     if not Path(python, "Python.h").exists():
         raise BuildError(f"Python.h is missing in {python}: install Python's development files")
-    includes = [f"-I{path}" for path in (pybind11.get_include(), python, SOURCES)]
-    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if not cxx.refuses(flags)}
-    call = shell(cxx.command + cxx.flags)
-    lines = [
-        "rule compile",
-        f"  command = {call} {shell(includes)} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        f"  command = {call} $in {shell(cxx.link_flags)} -o $out",
-        "  description = link $out",
-    ]
-    objects = []
-
-    def compile_source(stem: str, name: str, flags: list[str]) -> None:
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: compile {path(SOURCES / stem)}.cpp")
-        lines.append(f"  flags = {shell(flags)}")
-
-    for name, flags in sets.items():
-        for kernel in KERNELS:
-            compile_source(
-                f"cpu/{kernel}", f"{kernel}.{name}", [*flags.split(), f"-DSCM_ISA={name}"]
-            )
-    names = "".join(f"X({name})" for name in sets)
-    for stem in SHARED:
-        compile_source(stem, Path(stem).name, [f"-DSCM_ISAS(X)={names}"])
-    lines.append(f"build {path(target)}: link {' '.join(objects)}")
-    return "\n".join([*lines, ""])
+    return [f"-I{path}" for path in (pybind11.get_include(), python, SOURCES)]
 
 
 def shell(words: list[str]) -> str:
@@ -185,16 +265,20 @@ def extensions() -> list[Extension]:
     if wanted == "none":
         return []
     try:
-        if wanted == "cuda":
-            raise BuildError("this version has no CUDA kernels")
-        compiler()
+        cxx = Compiler()
+        nvcc = Nvcc(cxx) if wanted == "cuda" else None
     except BuildError as error:
         if wanted != "auto":
             sys.exit(f"SCM_KERNELS_BUILD={wanted}: {error}")
         print(f"scm_kernels: building without the native module: {error}", file=sys.stderr)
         return []
+    if wanted == "auto":
+        try:
+            nvcc = Nvcc(cxx)
+        except BuildError as error:
+            print(f"scm_kernels: building without the CUDA kernels: {error}", file=sys.stderr)
     # optional: under auto a build that fails is a message too.
-    return [Extension("scm_kernels._C", [], optional=wanted == "auto")]
+    return [Module(cxx, nvcc, optional=wanted == "auto")]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -4,33 +4,25 @@
         scm_kernels.attention_jvp(...)  # tensors on the CPU
 
 The ops run as on a GPU, down to the launch, which is recorded and, with `simulate`, executed by
-ptxsim: with its checks of memory, races, initialisation and asynchronous copies. The simulator is
-found at $PTXSIM, else at ../shared/tools/ptxsim beside the project; `sassmodel`, which estimates
-speeds, likewise.
+ptxsim: with its checks of memory, races, initialisation and asynchronous copies. `tools.py`
+says where it is found, and `offline_cuda.py` is the same for the CUDA C++ kernels.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
+from benchmarks.tools import spilled, tool, usage
 from scm_kernels import _backends, _triton
 
-TOOLS = Path(__file__).parents[2] / "shared" / "tools"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -45,16 +37,6 @@ SHARED_MEMORY = {  # bytes a block
     "sm_100": 232448,
     "gfx942": 65536,
 }
-
-
-def tool(name: str) -> ModuleType:
-    """`ptxsim` or `sassmodel`; ModuleNotFoundError says where they are looked for."""
-    place = os.environ.get(name.upper()) or str(TOOLS / name)
-    if not Path(place, f"{name}.py").exists():
-        raise ModuleNotFoundError(f"{name} is neither at ${name.upper()} nor in ../shared/tools")
-    if place not in sys.path:
-        sys.path.append(place)
-    return importlib.import_module(name)
 
 
 @dataclass
@@ -81,14 +63,9 @@ class Launch:
     def spilled(self) -> int:
         """What a kernel keeps in memory for want of registers: bytes of local memory a thread on
         NVIDIA's GPUs, registers on AMD's."""
-        if self.metadata.target.backend == "hip":
-            found = re.findall(r"_spill_count: *(\d+)", self.code("amdgcn").decode())
-        else:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                Path(file.name).write_bytes(self.code("cubin"))
-                command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+        if self.metadata.target.backend != "hip":
+            return spilled(usage(self.code("cubin"))[self.name])
+        found = re.findall(r"_spill_count: *(\d+)", self.code("amdgcn").decode())
         if len(found) != 2:
             raise ValueError(f"{self.name}: got {found} for what is spilled, expected two numbers")
         return sum(map(int, found))

@@ -1,29 +1,19 @@
 // scm_kernels._C: the kernels as Python functions of plain addresses, sizes and strides. The GIL is
 // released while they run; a kernel's error code becomes an exception.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <new>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
+using scm::Address;
+using scm::Rows;
+using scm::Sizes;
 
 namespace {
-
-// (address, type, stride of each of four dimensions), or None.
-using Address = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>>;
-
-scm::Tensor tensor(const Address& x) {
-  if (!x) return {};
-  const auto& [data, type, s0, s1, s2, s3] = *x;
-  return {reinterpret_cast<char*>(data), {s0, s1, s2, s3}, static_cast<scm::Type>(type)};
-}
 
 template <class Problem>
 void run(scm::Status (*kernel)(const Problem&), const Problem& problem) {
@@ -35,24 +25,12 @@ void run(scm::Status (*kernel)(const Problem&), const Problem& problem) {
   if (status == scm::kOutOfMemory) throw std::bad_alloc();
 }
 
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-template <class Problem>
-Problem attention(const Sizes& sizes, bool causal, float scale, int threads,
-                  const std::vector<Address>& inputs) {
-  Problem p{};
-  std::tie(p.b, p.h, p.hk, p.m, p.n, p.d, p.e) = sizes;
-  p.causal = causal, p.scale = scale, p.threads = threads;
-  scm::Tensor* to[] = {&p.q, &p.k, &p.v, &p.tq, &p.tk, &p.tv, &p.mask, &p.tmask};
-  for (size_t i = 0; i < std::size(to); ++i) *to[i] = tensor(inputs.at(i));
-  return p;
-}
-
 void attention_forward(const Sizes& sizes, bool causal, float scale, int threads,
                        const std::vector<Address>& inputs, const Address& out, const Address& t_out,
                        uintptr_t lse, uintptr_t mu) {
-  auto p = attention<scm::AttentionForward>(sizes, causal, scale, threads, inputs);
-  p.out = tensor(out), p.t_out = tensor(t_out);
+  auto p = scm::attention<scm::AttentionForward>(sizes, causal, scale, inputs);
+  p.threads = threads;
+  p.out = scm::tensor(out), p.t_out = scm::tensor(t_out);
   p.lse = reinterpret_cast<float*>(lse), p.mu = reinterpret_cast<float*>(mu);
   run(scm::kernels().attention_forward, p);
 }
@@ -60,48 +38,36 @@ void attention_forward(const Sizes& sizes, bool causal, float scale, int threads
 void attention_backward(const Sizes& sizes, bool causal, float scale, int threads,
                         const std::vector<Address>& inputs, const std::vector<Address>& saved,
                         uintptr_t lse, uintptr_t mu, const std::vector<Address>& gradients) {
-  auto p = attention<scm::AttentionBackward>(sizes, causal, scale, threads, inputs);
+  auto p = scm::attention<scm::AttentionBackward>(sizes, causal, scale, inputs);
+  p.threads = threads;
   scm::Tensor* from[] = {&p.out, &p.t_out, &p.dout, &p.dt_out};
-  for (size_t i = 0; i < std::size(from); ++i) *from[i] = tensor(saved.at(i));
+  for (size_t i = 0; i < std::size(from); ++i) *from[i] = scm::tensor(saved.at(i));
   p.lse = reinterpret_cast<const float*>(lse), p.mu = reinterpret_cast<const float*>(mu);
   scm::Tensor* to[] = {&p.dq, &p.dk, &p.dv, &p.dtq, &p.dtk, &p.dtv, &p.dmask, &p.dtmask};
-  for (size_t i = 0; i < std::size(to); ++i) *to[i] = tensor(gradients.at(i));
+  for (size_t i = 0; i < std::size(to); ++i) *to[i] = scm::tensor(gradients.at(i));
   run(scm::kernels().attention_backward, p);
-}
-
-// Address and stride of a row, in elements, of each of f, v, x, j.
-using Rows = std::vector<std::tuple<uintptr_t, int64_t>>;
-
-template <class Problem>
-Problem tangent(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
-                uintptr_t coefficients) {
-  Problem p{};
-  p.b = b, p.d = d, p.threads = threads, p.type = static_cast<scm::Type>(type);
-  for (size_t i = 0; i < std::size(p.input); ++i) {
-    p.input[i] = reinterpret_cast<const char*>(std::get<0>(inputs.at(i)));
-    p.stride[i] = std::get<1>(inputs.at(i));
-  }
-  p.coefficients = reinterpret_cast<const double*>(coefficients);
-  return p;
 }
 
 void tangent_norm(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
                   uintptr_t coefficients, uintptr_t squares) {
-  auto p = tangent<scm::TangentNorm>(b, d, threads, type, inputs, coefficients);
+  auto p = scm::tangent<scm::TangentNorm>(b, d, type, inputs, coefficients);
+  p.threads = threads;
   p.squares = reinterpret_cast<double*>(squares);
   run(scm::kernels().tangent_norm, p);
 }
 
 void tangent_apply(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
                    uintptr_t coefficients, uintptr_t out) {
-  auto p = tangent<scm::TangentApply>(b, d, threads, type, inputs, coefficients);
+  auto p = scm::tangent<scm::TangentApply>(b, d, type, inputs, coefficients);
+  p.threads = threads;
   p.out = reinterpret_cast<char*>(out);
   run(scm::kernels().tangent_apply, p);
 }
 
 void tangent_normalize(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
                        uintptr_t coefficients, uintptr_t out, double count, double c, bool zero) {
-  auto p = tangent<scm::TangentNormalize>(b, d, threads, type, inputs, coefficients);
+  auto p = scm::tangent<scm::TangentNormalize>(b, d, type, inputs, coefficients);
+  p.threads = threads;
   p.out = reinterpret_cast<char*>(out), p.count = count, p.c = c, p.zero = zero;
   run(scm::kernels().tangent_normalize, p);
 }
@@ -131,4 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tangent_norm", &tangent_norm);
   m.def("tangent_apply", &tangent_apply);
   m.def("tangent_normalize", &tangent_normalize);
+#ifdef SCM_CUDA
+  scm::add_cuda_functions(m);
+#endif
 }

@@ -19,12 +19,16 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
-from scm_kernels import _native, _triton
+from scm_kernels import _cuda, _native, _triton
 
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
 OPS = ("attention", "tangent")
-DETAILS = {"cpu": _native.instruction_set, "triton": lambda: _triton.describe()}
+DETAILS = {
+    "cuda": lambda: _cuda.describe(),
+    "triton": lambda: _triton.describe(),
+    "cpu": _native.instruction_set,
+}
 ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 INSTRUCTION_SET = "SCM_KERNELS_CPU_ISA"
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Type in kernels.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # Type in problems.h
 
 
 def unavailable() -> str | None:

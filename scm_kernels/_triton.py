@@ -41,6 +41,11 @@ def refuses(x: Tensor) -> str | None:
     """Why the kernels do not run on the device of x, None if they do."""
     if interpreting():
         return None if x.device.type == "cpu" else "Triton's interpreter takes tensors on the CPU"
+    return refuses_device(x)
+
+
+def refuses_device(x: Tensor) -> str | None:
+    """Why x is on no GPU that has what the kernels use, None if it is on one."""
     if x.device.type != "cuda":
         return f"it runs on a GPU, not on {x.device.type}"
     if torch.version.hip is None and _capability(x.device.index) < LEAST_CAPABILITY:

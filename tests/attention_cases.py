@@ -105,6 +105,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def at_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x at other strides; of the memory between its rows nothing is touched."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, (*strides, 1), strict=True))
+    y = torch.empty(0, dtype=x.dtype).set_(torch.UntypedStorage(2 * size))
+    return y.as_strided(x.shape, (*strides, 1)).copy_(x)
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,15 @@
 """`pytest -m gpu`: every test that runs a backend on the GPU of this machine, if it has one.
 `SCM_KERNELS_BACKEND=<name> pytest`: what that backend does not take is skipped, and says so.
-Fixtures that give Triton's kernels a simulated GPU.
+Fixtures that give Triton's kernels, and the CUDA kernels, a simulated GPU.
 """
 
 import os
 
 import pytest
 import torch
+
+from benchmarks import offline_cuda, tools
+from scm_kernels import _cuda
 
 
 def pytest_collection_modifyitems(items):
@@ -23,11 +26,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def ptxsim():
     """The simulator of PTX."""
-    offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
     if torch.cuda.is_available():
         pytest.skip("a GPU runs the kernels itself")
     try:
-        return offline.tool("ptxsim")
+        return tools.tool("ptxsim")
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
 
@@ -35,9 +37,17 @@ def ptxsim():
 @pytest.fixture
 def launches(ptxsim):
     """A simulated GPU, and what is launched on it."""
-    from benchmarks import offline
-
+    offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
     with offline.gpu("sm_80", simulate=True) as launches:
+        yield launches
+
+
+@pytest.fixture
+def cuda_launches(ptxsim):
+    """A simulated GPU for the CUDA kernels of the native module, and what is launched on it."""
+    if not _cuda.built():
+        pytest.skip("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
+    with offline_cuda.gpu(simulate=True) as launches:
         yield launches
 
 

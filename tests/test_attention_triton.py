@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import test_attention as shared
 import torch
-from attention_cases import Case, draw
+from attention_cases import Case, at_strides, draw
 
 import scm_kernels
 from scm_kernels import _triton, attention_jvp
@@ -102,15 +102,8 @@ def test_addresses_beyond_31_bits(launches):
     case = Case("ptx_far", BF16, b=2, h=2, m=20, n=40, d=64)
     near = draw(case)
     for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
-        far = {name: x if x is None else _strided(x, strides) for name, x in near.items()}
+        far = {name: x if x is None else at_strides(x, strides) for name, x in near.items()}
         shared.check(shared.run("triton", case, far), case)
-
-
-def _strided(x: torch.Tensor, strides) -> torch.Tensor:
-    """x at other strides; of the memory between its rows nothing is touched."""
-    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, (*strides, 1), strict=True))
-    y = torch.empty(0, dtype=x.dtype).set_(torch.UntypedStorage(2 * size))
-    return y.as_strided(x.shape, (*strides, 1)).copy_(x)
 
 
 def test_one_variant_serves_all_lengths_and_strides():
@@ -308,6 +301,6 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypa
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():
-    x = torch.zeros(1, 4, 8, 64, dtype=BF16).as_strided((1, 4, 8, 64), (3, 512, 64, 1))
+    x = torch.zeros(1, 4, 8, 64, dtype=BF16).asat_strides((1, 4, 8, 64), (3, 512, 64, 1))
     assert _triton.vector(x) == 8
     assert _triton.vector(x, x[..., 1:]) == 1

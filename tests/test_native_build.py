@@ -15,6 +15,8 @@ from native_build import build, copy_project, python
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 NO_COMPILER = {"PATH": "/nowhere", "CXX": None}
+NO_NVCC = {"CUDA_HOME": "/nowhere"}
+MOST = "cuda" if shutil.which("nvcc") else "cpu"  # of what can be built here
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +28,15 @@ def project(tmp_path_factory):
     ("environment", "message"),
     [
         ({"SCM_KERNELS_BUILD": "gpu"}, r"got 'gpu', expected 'auto', 'none', 'cpu' or 'cuda'"),
-        ({"SCM_KERNELS_BUILD": "cuda"}, "SCM_KERNELS_BUILD=cuda: this version has no CUDA kernels"),
         ({"SCM_KERNELS_BUILD": "cpu", **NO_COMPILER}, r"cpu: no C\+\+ compiler found \(c\+\+, g"),
         ({"SCM_KERNELS_BUILD": "cpu", "CXX": "icc9 -w"}, r"no C\+\+ compiler found \(icc9 -w; CXX"),
         ({"SCM_KERNELS_BUILD": "cpu", "CXX": "false"}, "'false' fails on a probe"),
+        ({"SCM_KERNELS_BUILD": "cuda", **NO_COMPILER}, r"cuda: no C\+\+ compiler found"),
+        pytest.param(
+            {"SCM_KERNELS_BUILD": "cuda", **NO_NVCC},
+            r"cuda: no /nowhere/bin/nvcc found \(CUDA_HOME",
+            marks=needs_compiler,
+        ),
     ],
 )
 def test_what_cannot_be_built_is_an_error_that_says_why(project, environment, message):
@@ -37,6 +44,27 @@ def test_what_cannot_be_built_is_an_error_that_says_why(project, environment, me
     assert done.returncode != 0
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@needs_compiler
+def test_an_nvcc_that_fails_is_an_error_or_a_message(project, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho planted >&2; exit 1\n")
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": str(tmp_path)}
+    done = python(project, "setup.py", "--name", SCM_KERNELS_BUILD="cuda", **environment)
+    assert done.returncode != 0
+    assert f"SCM_KERNELS_BUILD=cuda: '{nvcc}' fails on a probe for sm_80:\nplanted" in done.stderr
+    text = build(project, "--name", SCM_KERNELS_BUILD="auto", **environment)
+    assert f"building without the CUDA kernels: '{nvcc}' fails" in text
+
+
+@needs_compiler
+def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(project):
+    text = build(project, "--name", SCM_KERNELS_BUILD="auto", **NO_NVCC)
+    assert "building without the CUDA kernels: no /nowhere/bin/nvcc found" in text
+    assert "without the native module" not in text
 
 
 @pytest.mark.parametrize(
@@ -64,18 +92,29 @@ def built(tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(place)
     inner = place / sdist.name.removesuffix(".tar.gz")
-    return inner, build(inner, "bdist_wheel", SCM_KERNELS_BUILD="cpu", CXX="env c++")
+    return inner, build(inner, "bdist_wheel", SCM_KERNELS_BUILD=MOST, CXX="env c++")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_the_wheel_of_an_sdist_has_the_module_and_no_sources(built):
     place, text = built
-    assert not re.search(r"\.(cpp|h):\d+:.*warning:", text), "the sources compile without a warning"
+    assert not re.findall(r"\S+\.(?:cpp|h|cu|cuh)[:(]\d+.*warning.*", text)
     (wheel,) = (place / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         kinds = {Path(name).suffix for name in archive.namelist() if ".dist-info" not in name}
     assert kinds == {".py", ".so"}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_the_module_is_loaded_where_there_is_no_cuda(built):
+    (module,) = built[0].glob("build/lib*/scm_kernels/*.so")
+    text = subprocess.check_output(["readelf", "-d", module], text=True)
+    libraries = re.findall(r"NEEDED.*\[(.+)\]", text)
+    assert libraries
+    assert not [name for name in libraries if "cuda" in name]
 
 
 @pytest.mark.slow
@@ -102,12 +141,31 @@ def test_no_code_of_an_instruction_set_is_shared(built):
 @needs_compiler
 def test_only_what_has_changed_is_compiled_again(built):
     place, _ = built
-    environment = {"SCM_KERNELS_BUILD": "cpu", "CXX": "env c++"}
+    environment = {"SCM_KERNELS_BUILD": MOST, "CXX": "env c++"}
     assert "compile" not in build(place, "build_ext", **environment)
-    os.utime(place / "csrc" / "cpu" / "parallel.cpp")
-    assert re.findall(r"compile \S+", build(place, "build_ext", **environment)) == [
-        "compile parallel.o"
-    ]
+    changed = {"cpu/parallel.cpp": "parallel.o"}
+    if MOST == "cuda":
+        changed["cuda/tangent.cu"] = "cuda/tangent.o"
+    for source in changed:
+        os.utime(place / "csrc" / source)
+    compiled = re.findall(r"compile (\S+)", build(place, "build_ext", **environment))
+    assert sorted(compiled) == sorted(changed.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MOST != "cuda", reason="no nvcc")
+def test_cuda_kernels_that_do_not_compile_are_a_message_or_an_error(built):
+    place, _ = built
+    source = place / "csrc" / "cuda" / "queue.cpp"
+    text = source.read_text()
+    source.write_text(f"{text}#error planted\n")
+    done = python(place, "setup.py", "build_ext", SCM_KERNELS_BUILD="cuda", CXX="env c++")
+    assert done.returncode != 0
+    assert "#error planted" in done.stdout + done.stderr
+    text = build(place, "build_ext", SCM_KERNELS_BUILD="auto", CXX="env c++")
+    assert "building without the CUDA kernels, see above" in text
+    (module,) = place.glob("build/lib*/scm_kernels/*.so")
+    assert b"cuda_attention_forward" not in module.read_bytes()
 
 
 @pytest.mark.slow

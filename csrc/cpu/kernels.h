@@ -1,78 +1,10 @@
-// What the CPU kernels take: plain pointers, sizes and strides. Nothing here knows torch or Python.
-//
-// Every kernel is one source, compiled once for each instruction set into a namespace of its own;
-// `best_kernels` picks among them by what the processor has.
+// The CPU kernels. Every kernel is one source, compiled once for each instruction set into a
+// namespace of its own; `best_kernels` picks among them by what the processor has.
 #pragma once
 
-#include <cstdint>
+#include "problems.h"
 
 namespace scm {
-
-enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
-
-// A tensor of four dimensions. Strides are in elements; 0 repeats a dimension. No data: absent.
-struct Tensor {
-  char* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-  Type type = Type::kFloat32;
-
-  explicit operator bool() const { return data != nullptr; }
-};
-
-// Symbols and formulas: scm_kernels/attention/reference.py. The last dimension of q, k, v, of their
-// tangents, and of out, t_out, dout and dt_out is contiguous. Heads of q share heads of k: h is a
-// multiple of hk. q, k, v and their tangents are of one type; a mask is bool (true takes part),
-// of q's type or float32.
-struct Attention {
-  int64_t b, h, hk, m, n, d, e;
-  bool causal;  // aligned top-left
-  float scale;
-  int threads;
-  Tensor q, tq;        // [b, h, m, d]
-  Tensor k, tk;        // [b, hk, n, d]
-  Tensor v, tv;        // [b, hk, n, e]
-  Tensor mask, tmask;  // [b, h, m, n]
-};
-
-struct AttentionForward : Attention {
-  Tensor out, t_out;  // [b, h, m, e]
-  float *lse, *mu;    // [b, h, m], contiguous
-};
-
-// dt_out absent: the gradient through out alone, which sees neither tangents, nor t_out, nor mu.
-// An absent gradient is one that nobody asks for.
-struct AttentionBackward : Attention {
-  Tensor out, t_out, dout, dt_out;   // [b, h, m, e]
-  const float *lse, *mu;             // [b, h, m], contiguous
-  Tensor dq, dk, dv, dtq, dtk, dtv;  // any strides
-  Tensor dmask, dtmask;              // [b, h, m, n] float32, to be added to; stride 0 sums
-};
-
-// f, v, x, j [b, d] with a contiguous last dimension; coefficients [b, 4] contiguous. Symbols and
-// formulas: scm_kernels/tangent/reference.py.
-struct Tangent {
-  int64_t b, d;
-  int threads;
-  Type type;
-  const char* input[4];
-  int64_t stride[4];  // of a row, in elements
-  const double* coefficients;
-};
-
-struct TangentNorm : Tangent {
-  double* squares;  // [b]
-};
-
-struct TangentApply : Tangent {
-  char* out;  // [b, d], contiguous
-};
-
-struct TangentNormalize : Tangent {
-  char* out;     // [b, d], contiguous
-  double count;  // what the squares are divided by: 1, or d for a mean
-  double c;
-  bool zero;  // a non-finite sample becomes zeros, not NaN
-};
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 

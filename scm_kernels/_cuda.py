@@ -1,0 +1,47 @@
+"""What the CUDA C++ kernels of all ops share on the host: availability and launches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scm_kernels import _native, _triton
+
+refuses = _triton.refuses_device  # the same GPUs: bfloat16 and asynchronous copies
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel runs on this machine, None if one does."""
+    if torch.version.hip is not None:
+        return "PyTorch is built for ROCm here, and the kernels are for NVIDIA's GPUs"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
+    if not built():
+        return (
+            "the native module scm_kernels._C was built without CUDA kernels; with NVIDIA's nvcc, "
+            "`SCM_KERNELS_BUILD=cuda pip install .` in the source tree builds them or says why not"
+        )
+    return None
+
+
+def built() -> bool:
+    """Whether the native module is there and has CUDA kernels."""
+    return hasattr(_native.module(), "cuda_attention_forward")
+
+
+def describe() -> str:
+    """What runs the kernels, for `backends()`."""
+    return torch.cuda.get_device_name()
+
+
+def launch(function: str, tensors: Sequence[Tensor | None], *arguments) -> None:
+    """Call a function of the native module that launches on a device and a stream, which are the
+    first tensor's device and its current stream.
+
+    `tensors` are all that the kernels read and write: who runs them elsewhere, as tests do in a
+    simulator, has to know what memory they may touch.
+    """
+    index = tensors[0].device.index
+    # What torch.cuda.current_stream() asks, and Triton's launches; that makes a Python object.
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    getattr(_native.module(), function)(*arguments, index, stream)

@@ -1,0 +1,76 @@
+"""Attention on NVIDIA's GPUs by the CUDA C++ kernels of csrc/cuda: the forward."""
+
+import torch
+from torch import Tensor
+
+from scm_kernels import _cuda, _native
+from scm_kernels.attention.problem import Backward, Forward
+
+_DTYPES = {torch.bfloat16, torch.float16}
+# What is compiled. Other problems take Triton's kernels, which are compiled as they come.
+FEATURES = (64, 72, 96, 112, 128)
+TANGENTS = {("tq", "tk", "tv"), ("tq",), ("tk", "tv"), ()}
+LONGEST = 2**31 - 1
+
+
+def unavailable() -> str | None:
+    """Why no CUDA kernel runs on this machine."""
+    return _cuda.unavailable()
+
+
+def refuses(problem: Forward | Backward) -> str | None:
+    """The backward, tensors elsewhere, and what is not compiled."""
+    if isinstance(problem, Backward):
+        return "it has no backward"
+    p, q, v = problem, problem.q, problem.v
+    reason = _cuda.refuses(q)
+    if reason is not None:
+        return reason
+    if q.dtype not in _DTYPES:
+        return f"it has bfloat16 and float16, not {q.dtype}"
+    if p.mask is not None or p.tmask is not None:
+        return "it has no masks"
+    features = q.shape[3], v.shape[3]
+    if features[0] != features[1] or features[0] not in FEATURES:
+        known = ", ".join(map(str, FEATURES))
+        return f"it has D = E of {known}, not D = {features[0]}, E = {features[1]}"
+    tangents = {"tq": p.tq, "tk": p.tk, "tv": p.tv}
+    present = {name: x for name, x in tangents.items() if x is not None}
+    if tuple(present) not in TANGENTS:
+        return f"it has all tangents, none, tq alone, and tk with tv, not {' and '.join(present)}"
+    longest = max(q.shape[2], v.shape[2])
+    if longest > LONGEST:
+        return f"it has lengths up to {LONGEST}, not {longest}"
+    if not all(map(_aligned, (q, p.k, v, *present.values(), p.out, p.t_out))):
+        return "it has rows at multiples of 16 bytes"
+    return None
+
+
+def forward(problem: Forward) -> None:
+    """One pass over the keys."""
+    p = problem
+    (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
+    inputs, outputs = (p.q, p.k, p.v, p.tq, p.tk, p.tv), (p.out, p.t_out, p.lse, p.mu)
+    _cuda.launch(
+        "cuda_attention_forward",
+        (*inputs, *outputs),
+        (b, h, hk, m, n, d, e),
+        p.causal,
+        p.scale,
+        [*map(_native.address, inputs), None, None],  # no masks
+        _native.address(p.out),
+        _native.address(p.t_out),
+        p.lse.data_ptr(),
+        p.mu.data_ptr(),
+    )
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes, which is what an asynchronous copy takes."""
+    strides = x.stride()
+    if (strides[0] | strides[1] | strides[2]) % 8:  # elements of two bytes
+        # Of a dimension of length 1 the stride means nothing.
+        rows = zip(x.shape[:3], strides[:3], strict=True)
+        if any(stride % 8 for length, stride in rows if length > 1):
+            return False
+    return x.data_ptr() % 16 == 0

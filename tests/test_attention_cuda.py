@@ -1,0 +1,214 @@
+"""Attention's CUDA kernels, as the native module holds them: values in a simulator of PTX, with its
+checks of memory, races, initialisation and asynchronous copies; registers and spills of the machine
+code; and bugs planted into the PTX, which those checks have to see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import test_attention as shared
+import torch
+from attention_cases import CASES, Case, at_strides, draw
+
+import scm_kernels
+from benchmarks import offline_cuda, tools
+from scm_kernels import _cuda, attention_jvp
+from scm_kernels.attention.cuda import FEATURES
+
+ptx = pytest.mark.ptx
+BF16, F16 = torch.bfloat16, torch.float16
+DTYPES = {"bf16": BF16, "f16": F16}
+LONG = {"b": 1, "h": 2, "m": 70, "n": 131}  # two blocks of rows; whole tiles of keys, and a rest
+SETS = {"qkv": "qkv", "q": "q", "kv": "kv", "": "none"}  # the tangents there are, in kernels' names
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def cases():
+    for d in FEATURES:
+        for name, dtype in DTYPES.items():
+            for tangents, which in SETS.items():
+                yield Case(f"cuda_d{d}_{name}_{which}", dtype, d=d, tangents=tangents, **LONG)
+            yield Case(
+                f"cuda_d{d}_{name}_causal", dtype, d=d, causal=True, **(LONG | {"m": 131, "n": 100})
+            )
+
+
+LENGTHS = [
+    Case(f"cuda_{m}x{n}{'_causal' * causal}", BF16, b=1, h=1, m=m, n=n, d=64, causal=causal)
+    for m, n in ((1, 1), (63, 65), (64, 64), (65, 63), (200, 1), (1, 200), (200, 200), (64, 32))
+    for causal in (False, True)
+]
+SPECIAL = [
+    Case("cuda_gqa", BF16, d=64, **(LONG | {"h": 4, "hk": 2})),
+    Case("cuda_gqa_causal", F16, d=128, causal=True, **(LONG | {"h": 6, "hk": 1})),
+    Case("cuda_batches", BF16, d=72, **(LONG | {"b": 3, "h": 3})),
+    Case("cuda_bshd", BF16, d=64, layout="bshd", **LONG),
+    Case("cuda_packed", BF16, d=64, layout="packed", t_layout="bshd", **LONG),
+    *(Case(f"cuda_expanded_{x}", F16, d=72, layout=f"expanded_{x}", **LONG) for x in "bhs"),
+    Case("cuda_t_packed", F16, d=112, t_layout="packed", **LONG),
+    Case("cuda_sharp", BF16, d=64, logits=30.0, **(LONG | {"n": 300})),
+    Case("cuda_sharp_f16", F16, d=128, logits=30.0, **(LONG | {"n": 300})),
+    Case("cuda_sharp_causal_f16", F16, d=72, logits=30.0, causal=True, **(LONG | {"m": 200})),
+    Case("cuda_flat_f16", F16, d=64, logits=1e-3, **LONG),
+    Case("cuda_shared", BF16, d=64, shared=16.0, **LONG),
+    Case("cuda_shared_f16", F16, d=112, shared=16.0, causal=True, **LONG),
+    Case("cuda_shared_keys", BF16, d=64, tangents="kv", shared=16.0, **LONG),
+    Case("cuda_negative", BF16, d=64, scale=-0.3, **LONG),
+    Case("cuda_negative_causal", F16, d=128, scale=-0.3, causal=True, **LONG),
+    Case("cuda_scale_zero", BF16, d=72, scale=0.0, **LONG),
+    Case("cuda_scale_one", F16, d=64, scale=1.0, logits=0.1, **LONG),
+    Case("cuda_scale_large", BF16, d=64, scale=3.7, logits=0.1, **LONG),
+]
+
+
+# The list of all backends, with features, types and strides that these kernels take.
+ALIGNED = ("bhsd", "bshd", "packed", "long", "expanded_b", "expanded_h", "expanded_s")
+EVERYWHERE = [
+    dataclasses.replace(
+        case, name=f"cuda_{case.name}", dtype=F16 if case.dtype == F16 else BF16, d=72, e=None
+    )
+    for case in CASES
+    if not case.mask
+    and case.tangents in SETS
+    and 0 < case.b * case.h * case.m
+    and case.m * case.n <= 2**16
+    and {case.layout, case.t_layout or case.layout} <= set(ALIGNED)
+]
+
+
+@ptx
+@pytest.mark.parametrize("case", [*cases(), *LENGTHS, *SPECIAL, *EVERYWHERE], ids=str)
+def test_values(cuda_launches, case):
+    shared.check(shared.run("cuda", case, draw(case)), case)
+    (launch,) = cuda_launches
+    kind = {name for name, dtype in DTYPES.items() if dtype == case.dtype}.pop()
+    assert launch.name == f"attention_forward_d{case.d}_{kind}_{SETS[case.tangents]}_kernel"
+    assert launch.stats.shared_conflicts == 0, "bank conflicts"
+
+
+@ptx
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_a_row_whose_scores_rise_by_more_than_a_power_of_two_may(cuda_launches, dtype):
+    """From tile to tile, so that the top is raised again and again; one row at a time."""
+    q, k, v, tq, tk, tv = (torch.randn(1, 1, 70, 64).to(dtype) for _ in range(6))
+    q[..., 0], k[0, 0, :, 0] = 8.0, torch.linspace(-60.0, 60.0, 70)
+    q[0, 0, ::3, 0] = -8.0
+    results = attention_jvp(q, k, v, tq, tk, tv, return_stats=True)
+    inputs = [x.double() for x in (q, k, v, tq, tk, tv)]
+    with scm_kernels.backend("reference"):
+        truth = attention_jvp(*inputs, return_stats=True)
+        low = attention_jvp(q, k, v, tq, tk, tv, return_stats=True)
+    for name, x, t, lo in zip(("out", "t_out", "lse", "mu"), results, truth, low, strict=True):
+        worst, low_worst = (x - t).abs().max(), (lo - t).abs().max()
+        assert worst <= 5 * low_worst + 2 * torch.finfo(dtype).eps * t.abs().max(), name
+
+
+@ptx
+def test_large_tangents_of_float16_do_not_overflow(cuda_launches):
+    """h = p (T - c) reaches as far as T does."""
+    q, k, v, tk, tv = (torch.randn(1, 1, 40, 64, dtype=F16) for _ in range(5))
+    tq = (3000.0 * torch.randn(1, 1, 40, 64)).to(F16)
+    _, t_out = attention_jvp(q, k, v, tq, tk, tv)
+    _, truth = attention_jvp_double(q, k, v, tq, tk, tv)
+    assert (t_out - truth).abs().max() <= 4 * torch.finfo(F16).eps * truth.abs().max()
+
+
+def attention_jvp_double(*tensors):
+    with scm_kernels.backend("reference"):
+        return attention_jvp(*(x.double() for x in tensors))
+
+
+@ptx
+def test_not_a_number_stays_in_its_row(cuda_launches):
+    q, k, v, tq, tk, tv = (torch.randn(1, 1, 70, 64, dtype=BF16) for _ in range(6))
+    q[0, 0, 3, 5], q[0, 0, 40, 0] = torch.nan, torch.inf
+    out, t_out = attention_jvp(q, k, v, tq, tk, tv)
+    bad = torch.zeros(70, dtype=torch.bool).index_fill_(0, torch.tensor([3, 40]), True)
+    for x in (out, t_out):
+        assert x[0, 0, bad].isnan().all()
+        assert x[0, 0, ~bad].isfinite().all()
+
+
+@ptx
+def test_no_keys(cuda_launches):
+    q, k = torch.randn(1, 2, 5, 64, dtype=BF16), torch.randn(1, 2, 0, 64, dtype=BF16)
+    out, t_out, lse, mu = attention_jvp(q, k, k, q, k, k, return_stats=True)
+    assert len(cuda_launches) == 1
+    assert not out.any()
+    assert not t_out.any()
+    assert not mu.any()
+    assert (lse == -torch.inf).all()
+
+
+@ptx
+def test_addresses_beyond_31_bits(cuda_launches):
+    """Batches, heads, and rows of one tile that are more than 2^31 elements apart."""
+    case = Case("cuda_far", BF16, b=2, h=2, m=20, n=40, d=64)
+    near = draw(case)
+    for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
+        far = {name: x if x is None else at_strides(x, strides) for name, x in near.items()}
+        shared.check(shared.run("cuda", case, far), case)
+
+
+# --- the machine code -----------------------------------------------------------------------------
+
+
+def kernels():
+    """The launch of every kernel of attention."""
+    if not _cuda.built():
+        pytest.skip("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
+    with offline_cuda.gpu() as launches:
+        for d in FEATURES:
+            for dtype in DTYPES.values():
+                for tangents in SETS:
+                    x = torch.zeros(1, 1, 64, d, dtype=dtype)
+                    attention_jvp(x, x, x, *(x if c in tangents else None for c in "qkv"))
+    return launches
+
+
+def test_nothing_spills_and_two_blocks_fit_a_multiprocessor():
+    """Of an A100: 65,536 registers, 164 KiB of shared memory, of which each block takes 1 more."""
+    launches = kernels()
+    assert len({launch.name for launch in launches}) == 40
+    for launch in launches:
+        usage = launch.usage
+        assert launch.spilled() == 0, launch.name
+        assert launch.threads == 128
+        assert usage["REG"] * launch.threads * 2 <= 65536, launch.name
+        assert 2 * (launch.shared + usage["SHARED"] + 1024) <= 164 * 1024, launch.name
+
+
+# --- planted bugs ---------------------------------------------------------------------------------
+
+KERNEL = re.compile(r"\.entry attention_forward_d64_bf16_qkv_kernel\(.*?\n}\n", re.DOTALL)
+BARRIER, WAIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\d+;"
+
+
+def without(instruction: str, which: int) -> object:
+    """The simulator's module of a kernel that lacks one of its instructions of a kind."""
+    code = next(x for x in offline_cuda.ptx() if KERNEL.search(x))
+    kernel = KERNEL.search(code)
+    places = list(re.finditer(instruction, kernel[0]))
+    assert len(places) == {BARRIER: 5, WAIT: 4}[instruction]
+    start, end = (kernel.start() + at for at in places[which].span())
+    return tools.tool("ptxsim").Module(code[:start] + code[end:])
+
+
+@ptx
+@pytest.mark.parametrize(
+    ("instruction", "which"),
+    [*((BARRIER, i) for i in range(5)), *((WAIT, i) for i in range(4))],
+)
+def test_a_missing_barrier_or_wait_is_seen(cuda_launches, monkeypatch, instruction, which):
+    ptxsim, module = tools.tool("ptxsim"), without(instruction, which)
+    monkeypatch.setattr(offline_cuda, "_module", lambda name: module)
+    x = torch.randn(1, 1, 200, 64, dtype=BF16)
+    with pytest.raises((ptxsim.RaceError, ptxsim.AsyncError)):
+        attention_jvp(x, x, x, x, x, x, is_causal=True)
