@@ -77,7 +77,7 @@ EVERYWHERE = [
     for case in CASES
     if not case.mask
     and case.tangents in SETS
-    and 0 < case.b * case.h * case.m
+    and case.b * case.h * case.m > 0
     and case.m * case.n <= 2**16
     and {case.layout, case.t_layout or case.layout} <= set(ALIGNED)
 ]
