@@ -14,6 +14,7 @@ NVCC_APPEND_FLAGS are appended, SCM_KERNELS_SANITIZE=address,undefined (or threa
 sanitizers. Neither torch nor a GPU is needed: the kernels take plain pointers.
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -62,7 +63,7 @@ Vec f(Vec a, Vec b) { return a > b ? a : __builtin_shufflevector(a, b, 0, 4, 1, 
 
 # Machine code for an A100, and PTX that a driver compiles for later GPUs.
 CUDA_FLAGS = (
-    "-std=c++17 -gencode arch=compute_80,code=[sm_80,compute_80] -Werror all-warnings "
+    "-std=c++17 -O3 -gencode arch=compute_80,code=[sm_80,compute_80] "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 )
 # Static, so that the module is loaded where there is no CUDA; it looks for a driver when called.
@@ -121,7 +122,8 @@ class Nvcc:
         name = os.path.join(home, "bin", "nvcc") if home else "nvcc"
         if shutil.which(name) is None:
             raise BuildError(f"no {name} found (CUDA_HOME names the toolkit's folder)")
-        host = [word for word in cxx.command if not word.startswith("-")][-1]  # of "ccache g++"
+        words = itertools.takewhile(lambda word: not word.startswith("-"), cxx.command)
+        host = [*words][-1]  # of "ccache g++ -m64"
         self.command = [name, "-ccbin", host, *CUDA_FLAGS.split()]
         with tempfile.TemporaryDirectory() as place:
             source = Path(place, "probe.cu")

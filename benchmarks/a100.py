@@ -2,12 +2,14 @@
 
     python -m benchmarks.a100 [--dtype bfloat16] [--json a100.json]
 
-Every row is modelled, not measured: a kernel is compiled for sm_80, and `sassmodel` walks the hot
-loop of its machine code (see `offline.py` for where it is found; expect 10% of error, and less
-between two tiles of a kernel). TFLOP/s count the products that the mathematics needs, 2 B H M N D
-operations each, so products that a kernel makes again lower them. `binding` is the pipe that bounds
-the loop. A pass has a row for each kernel, as if it were the whole pass, and one for all of them,
-whose time is the sum. M = N = 4096.
+Every row is modelled, not measured: `sassmodel` walks the hot loop of a kernel's machine code for
+sm_80 (see `tools.py` for where it is found; expect 10% of error, and less between two tiles of a
+kernel). Triton's kernels are compiled for it, the CUDA kernels are those of the native module.
+TFLOP/s count the products that the mathematics needs, 2 B H M N D operations each, so products that
+a kernel makes again lower them. `binding` is the pipe that bounds the loop. A pass has a row for
+each kernel, as if it were the whole pass, and one for all of them, whose time is the sum. M = N =
+4096. Of a CUDA kernel the same loop serves causal problems; its tiles that raise the top of the
+softmax, few, leave that loop.
 """
 
 import argparse
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 import torch
 
 import scm_kernels
-from benchmarks import offline
+from benchmarks import offline, offline_cuda, tools
 from benchmarks.common import report, with_progress
+from scm_kernels import _cuda
 
 HEAD_DIMS = (64, 72, 96, 112, 128)
 LENGTH = 4096
@@ -29,10 +32,15 @@ CLOCK, PROCESSORS = 1.41e9, 108  # Hz, multiprocessors
 # pass: (products that the mathematics needs, cotangents of out and t_out, gradients)
 PASSES = {
     "forward": (6, None, ""),
+    "forward, tk tv": (5, None, ""),
+    "forward, tq": (4, None, ""),
+    "forward, no tangent": (2, None, ""),
     "backward, out": (5, (True, False), "qkv"),
     "backward, both": (12, (True, True), "qkv"),
     "backward, both, six": (15, (True, True), "qkvabc"),
 }
+TANGENTS = {"forward, tk tv": "kv", "forward, tq": "q", "forward, no tangent": ""}  # else all
+BLOCK_M, BLOCK_N, STAGES = 64, 32, 2  # of the CUDA kernels: csrc/cuda/attention_kind.cuh
 DETAILS = ("tile", "warps", "stages", "registers", "local B", "shared KiB", "blocks", "binding")
 
 
@@ -44,14 +52,19 @@ class Problem:
     dtype: torch.dtype
     d: int
     causal: bool = False
+    backend: str = "triton"
 
-    def launches(self, target: str = "sm_80") -> list[offline.Launch]:
+    def launches(self, target: str = "sm_80") -> list[offline.Launch] | list[offline_cuda.Launch]:
         """The kernels of this pass, compiled for the target."""
         _, cotangents, wanted = PASSES[self.name]
-        shape = (1, 1, LENGTH, self.d)
+        shape, tangents = (1, 1, LENGTH, self.d), TANGENTS.get(self.name, "qkv")
         x = [torch.zeros(shape, dtype=self.dtype, requires_grad=c in wanted) for c in "qkvabc"]
-        with offline.gpu(target) as launches:
-            outputs = scm_kernels.attention_jvp(*x, is_causal=self.causal)
+        inputs = [
+            *x[:3],
+            *(y if c in tangents else None for y, c in zip(x[3:], "qkv", strict=True)),
+        ]
+        with offline_cuda.gpu() if self.backend == "cuda" else offline.gpu(target) as launches:
+            outputs = scm_kernels.attention_jvp(*inputs, is_causal=self.causal)
             if cotangents is not None:
                 launches.clear()
                 used = [y for y, use in zip(outputs, cotangents, strict=True) if use]
@@ -61,13 +74,25 @@ class Problem:
 
 
 def problems(dtypes: list[torch.dtype]) -> list[Problem]:
-    """Every shipped row of the tables for products in half precision."""
+    """Every shipped row of Triton's tables for products in half precision."""
     return [
         Problem(name, dtype, d, causal)
         for dtype in dtypes
         for name in PASSES
+        if name not in TANGENTS
         for d in HEAD_DIMS
         for causal in (False, True)
+    ]
+
+
+def cuda_problems(dtypes: list[torch.dtype]) -> list[Problem]:
+    """Every CUDA kernel of attention."""
+    names = ("forward", *TANGENTS)
+    return [
+        Problem(name, dtype, d, backend="cuda")
+        for dtype in dtypes
+        for name in names
+        for d in HEAD_DIMS
     ]
 
 
@@ -83,27 +108,28 @@ def table(problem: Problem) -> list[dict]:
 
 def _rows(problem: Problem) -> Iterator[dict]:
     needed = 2 * PASSES[problem.name][0] * problem.d  # operations for a row and a key
-    efficiency = offline.tool("sassmodel").A100["efficiency"]
+    efficiency = tools.tool("sassmodel").A100["efficiency"]
     total = 0.0
 
     def row(kernel: str, cycles: float, **details) -> dict:
         about = {"pass": problem.name, "D": problem.d, "causal": problem.causal}
         about["dtype"] = str(problem.dtype).removeprefix("torch.")
         rate = needed * CLOCK * PROCESSORS * efficiency / cycles / 1e12
-        about |= {"backend": "triton", "kernel": kernel, "TFLOP/s": rate, "figures": "modelled"}
+        about |= {"backend": problem.backend, "kernel": kernel}
+        about |= {"TFLOP/s": rate, "figures": "modelled"}
         return about | {name: details.get(name) for name in DETAILS}
 
     for launch in problem.launches():
         estimate = model(launch)
         if estimate is None:
             continue
-        meta, timing = launch.constants["META"], estimate["timing"]
-        cycles = timing["cycles_per_block_iter"] / (meta.BLOCK_M * meta.BLOCK_N)
+        (rows, keys, stages), timing = _tile(launch), estimate["timing"]
+        cycles = timing["cycles_per_block_iter"] / (rows * keys)
         total += cycles
         details = {
-            "tile": f"{meta.BLOCK_M}x{meta.BLOCK_N}",
-            "warps": launch.metadata.num_warps,
-            "stages": launch.metadata.num_stages,
+            "tile": f"{rows}x{keys}",
+            "warps": launch.threads // 32,
+            "stages": stages,
             "registers": estimate["regs"],
             "local B": launch.spilled(),
             "shared KiB": round(estimate["smem"] / 1024),
@@ -111,13 +137,23 @@ def _rows(problem: Problem) -> Iterator[dict]:
             "binding": timing["binding"],
         }
         yield row(launch.name.removeprefix("attention_").removesuffix("_kernel"), cycles, **details)
-    yield row("all", total)
+    if problem.backend == "triton":  # a pass of several kernels
+        yield row("all", total)
 
 
-def model(launch: offline.Launch) -> dict | None:
+def _tile(launch: offline.Launch | offline_cuda.Launch) -> tuple[int, int, int]:
+    """Rows, keys, stages."""
+    if isinstance(launch, offline_cuda.Launch):
+        return BLOCK_M, BLOCK_N, STAGES
+    meta = launch.constants["META"]
+    return meta.BLOCK_M, meta.BLOCK_N, launch.metadata.num_stages
+
+
+def model(launch: offline.Launch | offline_cuda.Launch) -> dict | None:
     """sassmodel's view of a kernel; None where no loop has products."""
-    estimate = offline.tool("sassmodel").analyse(
-        launch.code("cubin"), threads=launch.threads, smem=launch.shared
+    cubin = launch.cubin if isinstance(launch, offline_cuda.Launch) else launch.code("cubin")
+    estimate = tools.tool("sassmodel").analyse(
+        cubin, launch.name, threads=launch.threads, smem=launch.shared
     )
     if "timing" not in estimate or estimate["hot_loop"]["hmma"] == 0:
         return None
@@ -131,6 +167,10 @@ def main() -> None:
     options = parser.parse_args()
     dtypes = [getattr(torch, name) for name in options.dtype or ["bfloat16", "float16"]]
     chosen = problems(dtypes)
+    if _cuda.built():
+        chosen += cuda_problems(dtypes)
+    else:
+        print("no rows of CUDA kernels: the native module was built without them")
     with processes() as pool:
         futures = [pool.submit(table, problem) for problem in chosen]
         lines = [line for future in with_progress(futures) for line in future.result()]

@@ -1,13 +1,12 @@
 """What the CUDA C++ kernels of all ops share on the host: availability and launches."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from scm_kernels import _native, _triton
-
-refuses = _triton.refuses_device  # the same GPUs: bfloat16 and asynchronous copies
 
 
 def unavailable() -> str | None:
@@ -21,7 +20,21 @@ def unavailable() -> str | None:
             "the native module scm_kernels._C was built without CUDA kernels; with NVIDIA's nvcc, "
             "`SCM_KERNELS_BUILD=cuda pip install .` in the source tree builds them or says why not"
         )
-    return None
+    return _error(torch.cuda.current_device())
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why the kernels do not run on the device of x, None if they do."""
+    reason = _triton.refuses_device(x)  # the same GPUs: bfloat16 and asynchronous copies
+    return reason or _error(x.device.index)
+
+
+@cache
+def _error(index: int) -> str | None:
+    """What a GPU's driver has against the kernels; it may be older than what compiled them."""
+    with torch.cuda.device(index):
+        reason = _native.module().cuda_error(index)
+    return None if reason is None else f"its kernels do not run on GPU {index} ({reason})"
 
 
 def built() -> bool:
@@ -42,6 +55,9 @@ def launch(function: str, tensors: Sequence[Tensor | None], *arguments) -> None:
     simulator, has to know what memory they may touch.
     """
     index = tensors[0].device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(function, tensors, *arguments)
     # What torch.cuda.current_stream() asks, and Triton's launches; that makes a Python object.
     stream = torch._C._cuda_getCurrentRawStream(index)
     getattr(_native.module(), function)(*arguments, index, stream)

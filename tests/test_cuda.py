@@ -5,6 +5,8 @@ tangent in a simulator of PTX.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import test_tangent_kernels as tangent_tests
@@ -59,13 +61,43 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(monkeypatch):
         device = torch.device("cuda", 1)
 
     class Module:
-        step = staticmethod(lambda *arguments: called.append(arguments))
+        step = staticmethod(lambda *arguments: called.append((*arguments, *current)))
 
-    called, streams = [], {0: 100, 1: 101}
+    called, streams, current = [], {0: 100, 1: 101}, [0]
+
+    @contextmanager
+    def device(index):
+        current[0], before = index, current[0]
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(_native, "module", lambda: Module)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
     _cuda.launch("step", (Tensor(), None), "sizes", "inputs")
-    assert called == [("sizes", "inputs", 1, 101)]
+    assert called == [("sizes", "inputs", 1, 101, 1)]
+    assert current == [0]
+
+
+def test_a_driver_that_is_older_than_the_kernels(monkeypatch):
+    """Is a reason not to be chosen, not an error of the first op."""
+    module = SimpleNamespace(cuda_error=lambda i: "old", cuda_attention_forward=None)
+    monkeypatch.setattr(_native, "module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    _cuda._error.cache_clear()
+    try:
+        assert _cuda.unavailable() == "its kernels do not run on GPU 0 (old)"
+    finally:
+        _cuda._error.cache_clear()
+
+
+@without_gpu
+@pytest.mark.skipif(not _cuda.built(), reason="the native module has no CUDA kernels")
+def test_a_device_that_is_not_there():
+    assert _native.module().cuda_error(0).startswith("cudaError")
 
 
 @without_gpu
@@ -130,7 +162,7 @@ LONG = torch.zeros(1, 1, 1, 64, dtype=BF16).expand(1, 1, 2**31, 64)
         (forward(d=64, e=72), "not D = 64, E = 72"),
         (forward(tangents="qk"), "all tangents, none, tq alone, and tk with tv, not tq and tk"),
         (forward(tangents="v"), ", not tv"),
-        (forward(k=LONG, v=LONG), "it has lengths up to 2147483647, not 2147483648"),
+        (forward(k=LONG, v=LONG), "it has lengths up to 2147483584, not 2147483648"),
         (forward(q=apart(65)), "it has rows at multiples of 16 bytes"),
         (forward(q=apart(64, offset=1)), "it has rows at multiples of 16 bytes"),
         (forward(tq=apart(68)), "it has rows at multiples of 16 bytes"),

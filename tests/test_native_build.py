@@ -92,7 +92,8 @@ def built(tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(place)
     inner = place / sdist.name.removesuffix(".tar.gz")
-    return inner, build(inner, "bdist_wheel", SCM_KERNELS_BUILD=MOST, CXX="env c++")
+    options = {"SCM_KERNELS_BUILD": MOST, "CXX": "env c++"}
+    return inner, build(inner, "bdist_wheel", **options, NVCC_APPEND_FLAGS="-Werror all-warnings")
 
 
 @pytest.mark.slow

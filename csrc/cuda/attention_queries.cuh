@@ -9,12 +9,12 @@ namespace cuda {
 template <class K>
 class Queries {
  public:
-  // From tiles in shared memory, times a power of two. `tq` may stay there: it is kept in mind.
-  __device__ __forceinline__ void load(uint32_t q, uint32_t tq, float power) {
+  // From tiles in shared memory, with the signs in `flip` changed. `tq` may stay there.
+  __device__ __forceinline__ void load(uint32_t q, uint32_t tq, uint32_t flip) {
     tile_ = tq;
-    fragments(q_, q_half_, q, power);
-    if (K::kTQ && K::kKeepTQ) fragments(tq_, tq_half_, tq, power);
-    if (K::kTQ && !K::kKeepTQ) multiply(tq, power);
+    fragments(q_, q_half_, q, flip);
+    if (K::kTQ && K::kKeepTQ) fragments(tq_, tq_half_, tq, flip);
+    if (K::kTQ && !K::kKeepTQ) change(tq, flip);
   }
 
   // s = q k and t = tq k + q tk + t0, of a tile's keys. A fragment of k serves both of its
@@ -82,36 +82,30 @@ class Queries {
   }
 
   __device__ __forceinline__ void fragments(uint32_t (&x)[K::kSteps][4], uint32_t (&half)[2],
-                                            uint32_t tile, float power) const {
+                                            uint32_t tile, uint32_t flip) const {
 #pragma unroll
     for (int step = 0; step < K::kSteps; ++step) {
       load_matrices<false>(x[step], at(tile, step));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[step][i] = scaled(x[step][i], power);
+      for (int i = 0; i < 4; ++i) x[step][i] ^= flip;
     }
     if (K::kHalf) {
       uint32_t both[4];
       const int row = threadIdx.x / 32 * kWarpM + lane_ % 16;
       load_matrices<false>(both, tile + S::at(row, K::kGroups - 1));
-      half[0] = scaled(both[0], power), half[1] = scaled(both[1], power);
+      half[0] = both[0] ^ flip, half[1] = both[1] ^ flip;
     }
   }
 
   // This warp's rows of a tile, in place.
-  __device__ __forceinline__ void multiply(uint32_t tile, float power) const {
+  __device__ __forceinline__ void change(uint32_t tile, uint32_t flip) const {
     tile += threadIdx.x / 32 * kWarpM * S::kRowBytes;
 #pragma unroll
     for (int i = lane_ * 16; i < kWarpM * S::kRowBytes; i += 32 * 16) {
       const uint4 x = load_shared(tile + i);
-      store_shared(tile + i, {scaled(x.x, power), scaled(x.y, power), scaled(x.z, power),
-                              scaled(x.w, power)});
+      store_shared(tile + i, uint4{x.x ^ flip, x.y ^ flip, x.z ^ flip, x.w ^ flip});
     }
     __syncwarp();
-  }
-
-  static __device__ __forceinline__ uint32_t scaled(uint32_t x, float power) {
-    const float2 y = unpack<T>(x);
-    return pack<T>(y.x * power, y.y * power);
   }
 
   const int lane_ = threadIdx.x % 32;

@@ -18,6 +18,10 @@ namespace {
 using Launches = std::vector<std::tuple<std::string, int64_t, int, int, py::bytes>>;
 using Stream = std::optional<uintptr_t>;
 
+std::string text(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
 // `host` puts the launches of an op into a queue.
 template <class Host>
 Launches run(const char* op, int device, Stream stream, Host host) {
@@ -30,10 +34,7 @@ Launches run(const char* op, int device, Stream stream, Host host) {
         stream ? cuda::Queue(device, reinterpret_cast<cudaStream_t>(*stream)) : cuda::Queue(&list);
     error = host(queue);
   }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
-  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + text(error));
   Launches launches;
   for (const cuda::Launch& x : list) {
     launches.emplace_back(x.name, x.blocks, x.threads, x.shared, py::bytes(x.params));
@@ -50,6 +51,11 @@ Launches attention_forward(const Sizes& sizes, bool causal, float scale,
   p.lse = reinterpret_cast<float*>(lse), p.mu = reinterpret_cast<float*>(mu);
   return run("attention_forward", device, stream,
              [&](cuda::Queue& queue) { return cuda::launch_attention_forward(p, queue); });
+}
+
+std::optional<std::string> error(int device) {
+  const cudaError_t error = cuda::usable(device);
+  return error == cudaSuccess ? std::nullopt : std::make_optional(text(error));
 }
 
 int64_t tangent_sums(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients) {
@@ -86,6 +92,7 @@ Launches tangent_normalize(int64_t b, int64_t d, int type, const Rows& inputs,
 }  // namespace
 
 void add_cuda_functions(py::module_& m) {
+  m.def("cuda_error", &error, "Why a device does not run the kernels, None if it does.");
   m.def("cuda_attention_forward", &attention_forward);
   m.def("cuda_tangent_sums", &tangent_sums, "The numbers in float64 that `sums` has room for.");
   m.def("cuda_tangent_norm", &tangent_norm);

@@ -12,6 +12,9 @@ namespace cuda {
 // of 64, 72, 96, 112, 128.
 cudaError_t launch_attention_forward(const AttentionForward& problem, Queue& queue);
 
+// Whether this device runs the kernels: whether its driver takes this module's runtime and code.
+cudaError_t usable(int device);
+
 // `sums`: room for tangent_sums(problem) numbers, for samples that are cut into parts.
 int64_t tangent_sums(const Tangent& problem);
 cudaError_t launch_tangent_norm(const TangentNorm& problem, double* sums, Queue& queue);

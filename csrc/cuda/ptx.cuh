@@ -10,6 +10,8 @@
 namespace scm {
 namespace cuda {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 // The address of shared memory as instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -144,16 +146,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   }
   return both;
-}
-
-// The two numbers that `pack` made one of.
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t both) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
-  } else {
-    return __half22float2(reinterpret_cast<const __half2&>(both));
-  }
 }
 
 // 1 in both halves.

@@ -12,20 +12,16 @@ cudaError_t Queue::run(const void* kernel, const char* name, int64_t blocks, int
     list_->push_back({name, blocks, threads, shared, {static_cast<const char*>(params), size}});
     return cudaSuccess;
   }
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device_) error = cudaSetDevice(device_);
-  if (error != cudaSuccess) return error;
-  if (shared > 48 * 1024) {
+  // The caller has made this device PyTorch's; here it becomes that of the runtime linked to this
+  // module, on this thread, which has a notion of its own.
+  cudaError_t error = cudaSetDevice(device_);
+  if (error == cudaSuccess && shared > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   }
-  if (error == cudaSuccess) {
-    void* arguments[] = {const_cast<void*>(params)};
-    error = cudaLaunchKernel(kernel, static_cast<unsigned>(blocks), threads, arguments, shared,
-                             stream_);
-  }
-  if (before != device_) cudaSetDevice(before);
-  return error;
+  if (error != cudaSuccess) return error;
+  void* arguments[] = {const_cast<void*>(params)};
+  return cudaLaunchKernel(kernel, static_cast<unsigned>(blocks), threads, arguments, shared,
+                          stream_);
 }
 
 }  // namespace cuda

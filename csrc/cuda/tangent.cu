@@ -324,6 +324,12 @@ cudaError_t sum_parts(const Tangent& p, Cut cut, double* sums, Queue& queue) {
 
 }  // namespace
 
+cudaError_t usable(int device) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? cudaFuncGetAttributes(&attributes, tangent_sum_kernel) : error;
+}
+
 int64_t tangent_sums(const Tangent& problem) {
   return problem.d <= kWhole ? 0 : problem.b * cut(problem).parts;
 }

@@ -2,11 +2,7 @@
 // and sums over a sample in an order that the shape alone decides.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "ptx.cuh"
 
 namespace scm {
 namespace cuda {
@@ -20,8 +16,6 @@ struct Samples {
   int64_t b, size, part;       // samples; vectors of a sample, and of a part
   unsigned parts, lanes;       // parts of a sample
 };
-
-constexpr unsigned kAll = 0xffffffff;
 
 // Vectors of each input that a thread asks for at once.
 template <int kVec>
@@ -96,11 +90,11 @@ struct Share {
         before(row * p.size * kBytes) {
     // The 32 bytes of a sample's coefficients are one sector, asked for once: by four threads.
     const double mine = live ? __ldg(p.coefficients + row * 4 + threadIdx.x % 4) : 0.0;
-    any = __ballot_sync(kAll, mine != 0.0) >> (threadIdx.x % 32 & ~3u) & 15;
+    any = __ballot_sync(kAllLanes, mine != 0.0) >> (threadIdx.x % 32 & ~3u) & 15;
     const float rounded = static_cast<float>(mine);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scalar[i] = __shfl_sync(kAll, rounded, i, 4);
+      scalar[i] = __shfl_sync(kAllLanes, rounded, i, 4);
       input[i] = p.input[i] + (live ? row : 0) * p.stride[i];
     }
   }
@@ -213,7 +207,7 @@ __device__ double add_squares(const float (&g)[kVec], double sum) {
 // and no more than once.
 __device__ inline double add_up(double sum, unsigned lanes) {
   for (unsigned offset = min(lanes, 32u) / 2; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(kAll, sum, offset);
+    sum += __shfl_xor_sync(kAllLanes, sum, offset);
   }
   if (lanes <= 32) return sum;
   __shared__ double warps[32];
