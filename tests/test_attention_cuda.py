@@ -238,6 +238,19 @@ def test_nothing_spills_and_two_blocks_fit_a_multiprocessor():
         assert 2 * (launch.shared + usage["SHARED"] + 1024) <= 164 * 1024, launch.name
 
 
+@pytest.mark.parametrize("d", FEATURES)
+def test_modelled_speed_on_an_a100(d):
+    """Of bfloat16 with all tangents; the model is some 10% off, and 3% is noise."""
+    try:
+        tools.tool("sassmodel")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    a100 = pytest.importorskip("benchmarks.a100")  # it needs Triton
+    kernels()  # or skip
+    (row,) = a100.table(a100.Problem("forward", BF16, d, backend="cuda"))
+    assert row["TFLOP/s"] >= 215
+
+
 # --- planted bugs ---------------------------------------------------------------------------------
 
 KERNEL = re.compile(r"\.entry attention_forward_d64_bf16_qkv_kernel\(.*?\n}\n", re.DOTALL)
