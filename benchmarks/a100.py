@@ -32,14 +32,26 @@ CLOCK, PROCESSORS = 1.41e9, 108  # Hz, multiprocessors
 # pass: (products that the mathematics needs, cotangents of out and t_out, gradients)
 PASSES = {
     "forward": (6, None, ""),
+    "forward, tq tk": (5, None, ""),
+    "forward, tq tv": (5, None, ""),
     "forward, tk tv": (5, None, ""),
     "forward, tq": (4, None, ""),
+    "forward, tk": (4, None, ""),
+    "forward, tv": (3, None, ""),
     "forward, no tangent": (2, None, ""),
     "backward, out": (5, (True, False), "qkv"),
     "backward, both": (12, (True, True), "qkv"),
     "backward, both, six": (15, (True, True), "qkvabc"),
 }
-TANGENTS = {"forward, tk tv": "kv", "forward, tq": "q", "forward, no tangent": ""}  # else all
+TANGENTS = {  # of a pass that has not all of them
+    "forward, tq tk": "qk",
+    "forward, tq tv": "qv",
+    "forward, tk tv": "kv",
+    "forward, tq": "q",
+    "forward, tk": "k",
+    "forward, tv": "v",
+    "forward, no tangent": "",
+}
 BLOCK_M, BLOCK_N, STAGES = 64, 32, 2  # of the CUDA kernels: csrc/cuda/attention_kind.cuh
 DETAILS = ("tile", "warps", "stages", "registers", "local B", "shared KiB", "blocks", "binding")
 

@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <tuple>
 
 #include "attention_outputs.cuh"
 #include "attention_queries.cuh"
@@ -295,14 +296,19 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
       SCM_NAME(type, set)(const __grid_constant__ Params p) {     \
     attention_forward<Kind<T, SCM_HEAD_DIM, __VA_ARGS__>>(p);     \
   }
-#define SCM_KERNELS(type, T)                 \
-  SCM_KERNEL(type, T, qkv, true, true, true) \
-  SCM_KERNEL(type, T, q, true, false, false) \
-  SCM_KERNEL(type, T, kv, false, true, true) \
-  SCM_KERNEL(type, T, none, false, false, false)
+// Every set of tangents: a name, and which of tq, tk, tv it has.
+#define SCM_SETS(X, type, T)        \
+  X(type, T, qkv, true, true, true) \
+  X(type, T, qk, true, true, false) \
+  X(type, T, qv, true, false, true) \
+  X(type, T, kv, false, true, true) \
+  X(type, T, q, true, false, false) \
+  X(type, T, k, false, true, false) \
+  X(type, T, v, false, false, true) \
+  X(type, T, none, false, false, false)
 
-SCM_KERNELS(bf16, __nv_bfloat16)
-SCM_KERNELS(f16, __half)
+SCM_SETS(SCM_KERNEL, bf16, __nv_bfloat16)
+SCM_SETS(SCM_KERNEL, f16, __half)
 
 View view(const Tensor& x) { return {x.data, 2 * x.stride[0], 2 * x.stride[1], 2 * x.stride[2]}; }
 
@@ -322,20 +328,16 @@ cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, Queue& que
   params.flip = std::signbit(p.scale) ? 0x80008000u : 0u;
   const int64_t blocks = params.tiles * p.h * p.b;
 
-#define SCM_LAUNCH(type, T, set, ...)                                                       \
-  return queue.launch(SCM_NAME(type, set), SCM_TEXT(SCM_NAME(type, set)), blocks, kThreads, \
-                      Kind<T, SCM_HEAD_DIM, __VA_ARGS__>::kShared, params)
-#define SCM_LAUNCH_SET(type, T)                                  \
-  if (q && k && v) SCM_LAUNCH(type, T, qkv, true, true, true);   \
-  if (q && !k && !v) SCM_LAUNCH(type, T, q, true, false, false); \
-  if (!q && k && v) SCM_LAUNCH(type, T, kv, false, true, true);  \
-  if (!q && !k && !v) SCM_LAUNCH(type, T, none, false, false, false)
-
-  const bool q(p.tq), k(p.tk), v(p.tv);
+  const auto present = std::make_tuple(bool(p.tq), bool(p.tk), bool(p.tv));
+#define SCM_LAUNCH(type, T, set, ...)                                                         \
+  if (present == std::make_tuple(__VA_ARGS__)) {                                              \
+    return queue.launch(SCM_NAME(type, set), SCM_TEXT(SCM_NAME(type, set)), blocks, kThreads, \
+                        Kind<T, SCM_HEAD_DIM, __VA_ARGS__>::kShared, params);                 \
+  }
   if (p.q.type == Type::kBFloat16) {
-    SCM_LAUNCH_SET(bf16, __nv_bfloat16);
+    SCM_SETS(SCM_LAUNCH, bf16, __nv_bfloat16)
   } else if (p.q.type == Type::kFloat16) {
-    SCM_LAUNCH_SET(f16, __half);
+    SCM_SETS(SCM_LAUNCH, f16, __half)
   }
   return cudaErrorNotSupported;
 }

@@ -9,7 +9,6 @@ from scm_kernels.attention.problem import Backward, Forward
 _DTYPES = {torch.bfloat16, torch.float16}
 # What is compiled. Other problems take Triton's kernels, which are compiled as they come.
 FEATURES = (64, 72, 96, 112, 128)
-TANGENTS = {("tq", "tk", "tv"), ("tq",), ("tk", "tv"), ()}
 LONGEST = 2**31 - 64  # whose number of tiles an int holds
 
 
@@ -34,14 +33,11 @@ def refuses(problem: Forward | Backward) -> str | None:
     if features[0] != features[1] or features[0] not in FEATURES:
         known = ", ".join(map(str, FEATURES))
         return f"it has D = E of {known}, not D = {features[0]}, E = {features[1]}"
-    tangents = {"tq": p.tq, "tk": p.tk, "tv": p.tv}
-    present = {name: x for name, x in tangents.items() if x is not None}
-    if tuple(present) not in TANGENTS:
-        return f"it has all tangents, none, tq alone, and tk with tv, not {' and '.join(present)}"
     longest = max(q.shape[2], v.shape[2])
     if longest > LONGEST:
         return f"it has lengths up to {LONGEST}, not {longest}"
-    if not all(map(_aligned, (q, p.k, v, *present.values(), p.out, p.t_out))):
+    tensors = q, p.k, v, p.tq, p.tk, p.tv, p.out, p.t_out
+    if not all(x is None or _aligned(x) for x in tensors):
         return "it has rows at multiples of 16 bytes"
     return None
 
