@@ -19,7 +19,7 @@ from benchmarks import offline_cuda, tools
 from scm_kernels import _cuda, attention_jvp
 from scm_kernels.attention.cuda import FEATURES
 
-ptx = pytest.mark.ptx
+slow, ptx = pytest.mark.slow, pytest.mark.ptx
 BF16, F16 = torch.bfloat16, torch.float16
 DTYPES = {"bf16": BF16, "f16": F16}
 LONG = {"b": 1, "h": 2, "m": 70, "n": 131}  # two blocks of rows; whole tiles of keys, and a rest
@@ -32,14 +32,16 @@ def seed():
     torch.manual_seed(0)
 
 
-def cases():
+def cases(lengths):
+    """Every kernel, causal or not in turns."""
     for d in FEATURES:
         for name, dtype in DTYPES.items():
-            for tangents, which in SETS.items():
-                yield Case(f"cuda_d{d}_{name}_{which}", dtype, d=d, tangents=tangents, **LONG)
-            yield Case(
-                f"cuda_d{d}_{name}_causal", dtype, d=d, causal=True, **(LONG | {"m": 131, "n": 100})
-            )
+            for i, (tangents, which) in enumerate(SETS.items()):
+                for j, (m, n) in enumerate(lengths):
+                    causal = (i + j) % 2 == 1
+                    label = f"cuda_d{d}_{name}_{which}_{m}x{n}{'_causal' * causal}"
+                    shape = {"b": 1, "h": 1, "m": m, "n": n, "d": d}
+                    yield Case(label, dtype, tangents=tangents, causal=causal, **shape)
 
 
 LENGTHS = [
@@ -86,7 +88,17 @@ EVERYWHERE = [
 
 
 @ptx
-@pytest.mark.parametrize("case", [*cases(), *LENGTHS, *SPECIAL, *EVERYWHERE], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *cases([(65, 200)]),
+        *(pytest.param(c, marks=slow) for c in cases([(1, 63), (63, 1), (64, 65), (200, 64)])),
+        *LENGTHS,
+        *SPECIAL,
+        *(pytest.param(c, marks=slow) for c in EVERYWHERE),
+    ],
+    ids=str,
+)
 def test_values(cuda_launches, case):
     shared.check(shared.run("cuda", case, draw(case)), case)
     (launch,) = cuda_launches

@@ -250,6 +250,34 @@ def test_tangent(cuda_launches, test, arguments):
         assert launch.stats.global_store_bytes > 0
 
 
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """x as a GPU would allocate it: aligned to 256 bytes."""
+    raw = tools.tool("ptxsim").array(x.contiguous().view(torch.uint8).numpy())
+    return torch.from_numpy(raw).view(x.dtype)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 64), (64, 4096), (8, 16_384), (32, 65_536), (1, 300_032)])
+def test_each_byte_of_the_tangent_moves_once(cuda_launches, shape, dtype):
+    """By the sectors of 32 bytes that are asked for; twice where a sample is in parts."""
+    inputs, coefficients = tangent_tests.make(shape, dtype)
+    inputs, coefficients = [guarded(x) for x in inputs], guarded(coefficients)
+    ops, size = torch.ops.scm_kernels, inputs[0].nbytes
+    twice = shape[0] * shape[1] == 300_032
+    steps = {
+        ops.tangent_norm: (4, 1, ()),
+        ops.tangent_apply: (4, 1, ()),
+        ops.tangent_normalize: (4, 1 + twice, (0.1, True, False)),
+    }
+    for step, (read, times, options) in steps.items():
+        cuda_launches.clear()
+        result = step(*inputs, coefficients, *options, "cuda")
+        stats = [launch.stats for launch in cuda_launches]
+        moved = 32 * sum(x.global_load_sectors + x.global_store_sectors for x in stats)
+        assert moved <= 1.05 * (times * read * size + coefficients.nbytes + result.nbytes)
+
+
 @pytest.mark.ptx
 def test_the_simulator_sees_what_a_kernel_may_not_touch(cuda_launches, monkeypatch):
     """A tensor that a launch does not name."""
