@@ -12,32 +12,31 @@ from pathlib import Path
 import torch
 
 
+def wall(run: Callable[[], object]) -> float:
+    """Milliseconds of one call, by the clock on the wall."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def interleaved(
     providers: dict[str, Callable[[], object]],
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-    warm: bool = False,
+    timer: Callable[[Callable[[], object]], float] = wall,
+    warm_up: bool = True,
 ) -> dict[str, dict]:
-    """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike.
-
-    `warm`: each is called once before it is timed, so that none pays for what the one before it has
-    thrown out of the caches.
-    """
+    """Milliseconds of each provider, taken in turns so that the machine's noise hits all alike."""
     times = {name: [] for name in providers}
-    for run in providers.values():
+    for run in providers.values() if warm_up else ():
         run()
     for _ in range(repeats):
         for name, run in providers.items():
-            if warm:
-                run()
-            start = clock()
-            run()
-            times[name].append(1e3 * (clock() - start))
+            times[name].append(timer(run))
     return {name: _quantiles(values) for name, values in times.items()}
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=10)
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": statistics.median(values), "p80": cuts[7]}
 
 
@@ -51,16 +50,23 @@ def with_progress(cases: Sequence) -> Iterator:
 
 def machine() -> dict[str, object]:
     """Where a figure comes from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    describe = ("git", "describe", "--always", "--dirty")
     return {
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": output_of(*describe, cwd=Path(__file__).parent) or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def output_of(*command: str, cwd: Path | None = None) -> str:
+    """What a command prints; "" where it fails or is not there."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def _processor() -> str:
@@ -75,13 +81,20 @@ def report(title: str, rows: list[dict], json_path: str | None) -> None:
     about = machine()
     print(title)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(table(rows))
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+
+
+def table(rows: list[dict]) -> str:
+    """Rows that have the same keys, in columns under them."""
     texts = [[_text(value) for value in row.values()] for row in rows]
     header = list(rows[0])
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
-    for cells in (header, *texts):
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for cells in (header, *texts)
+    )
 
 
 def _text(value: object) -> str:
