@@ -6,6 +6,7 @@ import torch
 from attention_cases import Case, draw
 
 import scm_kernels
+from scm_kernels import _cuda
 from scm_kernels.attention import torch_flash
 
 pytestmark = [
@@ -20,8 +21,16 @@ CASES = [
 ]
 
 
-def test_a_gpu_runs_triton():
-    assert scm_kernels.backends()["triton"].startswith("available")
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """A backend of attention's forward on GPUs."""
+    if request.param == "cuda" and not _cuda.built():
+        pytest.skip("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
+    return request.param
+
+
+def test_a_gpu_runs_it(backend):
+    assert scm_kernels.backends()[backend].startswith("available")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -34,19 +43,38 @@ def test_pytorchs_flash_backward_gives_the_gradient(case, monkeypatch):
     assert len(served) == 1
 
 
-def test_launches_go_to_the_current_stream():
+def test_launches_go_to_the_current_stream(backend):
     """A stream that waits for an event sees what was written before it."""
     case = Case("gpu_stream", torch.bfloat16, m=200, n=200, d=64)
     inputs, stream = draw(case, "cuda"), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
         moved = {name: None if x is None else x + 0 for name, x in inputs.items()}
-        results = shared.run("triton", case, moved)
+        results = shared.run(backend, case, moved)
     stream.synchronize()
     shared.check(results, case)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_the_second_gpu():
-    case = Case("gpu_second", torch.bfloat16, m=200, n=200, d=64)
-    shared.check(shared.run("triton", case, draw(case, "cuda:1"), "both"), case, "both")
+def test_the_second_gpu(backend):
+    """While the first stays PyTorch's current device."""
+    case, through = Case("gpu_second", torch.bfloat16, m=200, n=200, d=64), ""
+    if backend == "triton":
+        through = "both"
+    shared.check(shared.run(backend, case, draw(case, "cuda:1"), through), case, through)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_cuda_graph(backend):
+    """A launch is captured, and sees the inputs of the day when it is replayed."""
+    q, k, v, tq, tk, tv = torch.randn(6, 1, 2, 200, 64, device="cuda", dtype=torch.bfloat16)
+    with scm_kernels.backend(backend):
+        scm_kernels.attention_jvp(q, k, v, tq, tk, tv)  # loads the kernel
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = scm_kernels.attention_jvp(q, k, v, tq, tk, tv)
+        q.normal_()
+        graph.replay()
+        expected = scm_kernels.attention_jvp(q, k, v, tq, tk, tv)
+    for x, y in zip(captured, expected, strict=True):
+        assert torch.equal(x, y)
