@@ -41,6 +41,8 @@ def cases(lengths):
                     causal = (i + j) % 2 == 1
                     label = f"cuda_d{d}_{name}_{which}_{m}x{n}{'_causal' * causal}"
                     shape = {"b": 1, "h": 1, "m": m, "n": n, "d": d}
+                    if n == 200:  # shared heads, at other strides
+                        shape |= {"h": 2, "hk": 1, "layout": "packed", "t_layout": "bshd"}
                     yield Case(label, dtype, tangents=tangents, causal=causal, **shape)
 
 
