@@ -13,14 +13,15 @@ def unavailable() -> str | None:
     """Why no CUDA kernel runs on this machine, None if one does."""
     if torch.version.hip is not None:
         return "PyTorch is built for ROCm here, and the kernels are for NVIDIA's GPUs"
+    reasons = []
     if not torch.cuda.is_available():
-        return "PyTorch sees no GPU here"
+        reasons.append("PyTorch sees no GPU here")
     if not built():
-        return (
+        reasons.append(
             "the native module scm_kernels._C was built without CUDA kernels; with NVIDIA's nvcc, "
             "`SCM_KERNELS_BUILD=cuda pip install .` in the source tree builds them or says why not"
         )
-    return _error(torch.cuda.current_device())
+    return ", and ".join(reasons) or _error(torch.cuda.current_device())
 
 
 def refuses(x: Tensor) -> str | None:
