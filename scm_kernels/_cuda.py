@@ -18,7 +18,7 @@ def unavailable() -> str | None:
         reasons.append("PyTorch sees no GPU here")
     if not built():
         reasons.append(
-            "the native module scm_kernels._C was built without CUDA kernels; with NVIDIA's nvcc, "
+            "this installation has no CUDA kernels; with NVIDIA's nvcc, "
             "`SCM_KERNELS_BUILD=cuda pip install .` in the source tree builds them or says why not"
         )
     return ", and ".join(reasons) or _error(torch.cuda.current_device())
