@@ -6,16 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.device import peak_bytes
+
 
 def peak_memory(function: Callable[[], object], device: str = "cpu") -> int:
     """Bytes, from PyTorch's allocators: the CPU's by the profiler's record of each allocation."""
     if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes(function, "cuda")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import CASES, NAMES, Case, draw
+from attention_cases import CASES, NAMES, Case, at_strides, draw
 from attention_truth import THROUGH, eager, evaluate, expected
 from budget import assert_within_budget
 from peak_memory import peak_memory
@@ -47,6 +47,15 @@ def _arguments(inputs) -> list:
 
 def _masks(inputs) -> dict:
     return {name: inputs[name] for name in NAMES[6:]}
+
+
+def check_far_addresses(backend: str) -> None:
+    """Batches, heads, and rows of one tile that are more than 2^31 elements apart."""
+    case = Case("far", torch.bfloat16, b=2, h=2, m=20, n=40, d=64)
+    near = draw(case)
+    for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
+        far = {name: x if x is None else at_strides(x, strides) for name, x in near.items()}
+        check(run(backend, case, far), case)
 
 
 def check(results, case: Case, through: str = "") -> None:

@@ -12,7 +12,7 @@ import re
 import pytest
 import test_attention as shared
 import torch
-from attention_cases import CASES, Case, at_strides, draw
+from attention_cases import CASES, Case, draw
 
 import scm_kernels
 from benchmarks import offline_cuda, tools
@@ -217,12 +217,7 @@ def test_no_keys(cuda_launches):
 
 @ptx
 def test_addresses_beyond_31_bits(cuda_launches):
-    """Batches, heads, and rows of one tile that are more than 2^31 elements apart."""
-    case = Case("cuda_far", BF16, b=2, h=2, m=20, n=40, d=64)
-    near = draw(case)
-    for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
-        far = {name: x if x is None else at_strides(x, strides) for name, x in near.items()}
-        shared.check(shared.run("cuda", case, far), case)
+    shared.check_far_addresses("cuda")
 
 
 # --- the machine code -----------------------------------------------------------------------------

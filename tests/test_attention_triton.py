@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import test_attention as shared
 import torch
-from attention_cases import Case, at_strides, draw
+from attention_cases import Case, draw
 
 import scm_kernels
 from scm_kernels import _triton, attention_jvp
@@ -98,12 +98,7 @@ def test_one_gradient(launches):
 @ptx
 @slow
 def test_addresses_beyond_31_bits(launches):
-    """Batches, heads, and rows of one tile that are more than 2^31 elements apart."""
-    case = Case("ptx_far", BF16, b=2, h=2, m=20, n=40, d=64)
-    near = draw(case)
-    for strides in ((2**32, 4096, 64), (4096, 2**32, 64), (128, 64, 2**27)):
-        far = {name: x if x is None else at_strides(x, strides) for name, x in near.items()}
-        shared.check(shared.run("triton", case, far), case)
+    shared.check_far_addresses("triton")
 
 
 def test_one_variant_serves_all_lengths_and_strides():

@@ -7,11 +7,11 @@
 // other is filled, and a barrier a tile keeps the warps together.
 //
 // The versions, in TFLOP/s of 12 B H M N D operations on an A100, modelled from the machine code
-// (bfloat16, no causal mask, all tangents), each against the kernel as it is; what a step gains
-// depends on the others, and 3% is noise:
+// (bfloat16, no causal mask, all tangents), each against the kernel as it was then (it now makes
+// 224, 241 and 227); what a step gains depends on the others, and 3% is noise:
 //
 //                                                          D = 64   112   128
-//   as it is                                                  222   243   227
+//   as it was                                                 222   243   227
 //   a running maximum, and a rescale in every tile            190   221   200   24 bytes spilled
 //   the sums of the rounded p and h by additions              199   229   221    8 bytes spilled
 //   the shift subtracted from t, not what it starts from      214   242   227

@@ -3,9 +3,7 @@
 import torch
 
 from scm_kernels import _native
-from scm_kernels.tangent.problem import Apply, Norm, Normalize
-
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+from scm_kernels.tangent.problem import Apply, Norm, Normalize, refuses_types
 
 
 def unavailable() -> str | None:
@@ -15,14 +13,8 @@ def unavailable() -> str | None:
 
 def refuses(problem: Norm | Apply | Normalize) -> str | None:
     """Tensors elsewhere, float64, and scalars that are not float64."""
-    f, scalars = problem.f, problem.coefficients
-    if f.device.type != "cpu":
-        return f"it runs on the CPU, not on {f.device.type}"
-    if f.dtype not in _DTYPES:
-        return f"it has float32, bfloat16 and float16, not {f.dtype}"
-    if scalars.dtype != torch.float64:
-        return f"it has coefficients in float64, not {scalars.dtype}"
-    return None
+    device = problem.f.device.type
+    return refuses_types(problem) if device == "cpu" else f"it runs on the CPU, not on {device}"
 
 
 def norm(problem: Norm) -> None:

@@ -1,12 +1,9 @@
 """The sCM tangent on NVIDIA's GPUs by the CUDA C++ kernels of csrc/cuda."""
 
-import torch
 from torch import Tensor
 
 from scm_kernels import _cuda, _native
-from scm_kernels.tangent.problem import Apply, Norm, Normalize
-
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+from scm_kernels.tangent.problem import Apply, Norm, Normalize, refuses_types
 
 
 def unavailable() -> str | None:
@@ -16,15 +13,7 @@ def unavailable() -> str | None:
 
 def refuses(problem: Norm | Apply | Normalize) -> str | None:
     """Tensors elsewhere, float64, and scalars that are not float64."""
-    f, scalars = problem.f, problem.coefficients
-    reason = _cuda.refuses(f)
-    if reason is not None:
-        return reason
-    if f.dtype not in _DTYPES:
-        return f"it has float32, bfloat16 and float16, not {f.dtype}"
-    if scalars.dtype != torch.float64:
-        return f"it has coefficients in float64, not {scalars.dtype}"
-    return None
+    return _cuda.refuses(problem.f) or refuses_types(problem)
 
 
 def norm(problem: Norm) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -64,3 +65,13 @@ class Normalize:
 
     # Output, allocated; every element is to be written.
     out: Tensor  # [B, D], f's dtype, contiguous
+
+
+def refuses_types(problem: Norm | Apply | Normalize) -> str | None:
+    """Why compiled kernels do not take the types of a problem: float64, or scalars that are not."""
+    f, scalars = problem.f, problem.coefficients
+    if f.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has float32, bfloat16 and float16, not {f.dtype}"
+    if scalars.dtype != torch.float64:
+        return f"it has coefficients in float64, not {scalars.dtype}"
+    return None

@@ -3,14 +3,11 @@
 import math
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from scm_kernels import _triton
 from scm_kernels.tangent import config
-from scm_kernels.tangent.problem import Apply, Norm, Normalize
-
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+from scm_kernels.tangent.problem import Apply, Norm, Normalize, refuses_types
 
 
 def unavailable() -> str | None:
@@ -20,15 +17,7 @@ def unavailable() -> str | None:
 
 def refuses(problem: Norm | Apply | Normalize) -> str | None:
     """Tensors elsewhere, float64, and scalars that are not float64."""
-    f, scalars = problem.f, problem.coefficients
-    reason = _triton.refuses(f)
-    if reason is not None:
-        return reason
-    if f.dtype not in _DTYPES:
-        return f"it has float32, bfloat16 and float16, not {f.dtype}"
-    if scalars.dtype != torch.float64:
-        return f"it has coefficients in float64, not {scalars.dtype}"
-    return None
+    return _triton.refuses(problem.f) or refuses_types(problem)
 
 
 @_triton.without_bfloat16()
