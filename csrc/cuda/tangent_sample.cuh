@@ -32,13 +32,9 @@ __device__ inline void unpack(unsigned word, float (&g)[2], __half) {
 }
 
 __device__ inline unsigned pack(const float* g, float) { return __float_as_uint(g[0]); }
-__device__ inline unsigned pack(const float* g, __nv_bfloat16) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(g[0], g[1]);
-  return __bfloat16_as_ushort(two.x) | static_cast<unsigned>(__bfloat16_as_ushort(two.y)) << 16;
-}
-__device__ inline unsigned pack(const float* g, __half) {
-  const __half2 two = __floats2half2_rn(g[0], g[1]);
-  return __half_as_ushort(two.x) | static_cast<unsigned>(__half_as_ushort(two.y)) << 16;
+template <class T>
+__device__ inline unsigned pack(const float* g, T) {
+  return pack<T>(g[0], g[1]);
 }
 
 // A vector as it comes.
