@@ -296,6 +296,6 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypa
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():
-    x = torch.zeros(1, 4, 8, 64, dtype=BF16).asat_strides((1, 4, 8, 64), (3, 512, 64, 1))
+    x = torch.zeros(1, 4, 8, 64, dtype=BF16).as_strided((1, 4, 8, 64), (3, 512, 64, 1))
     assert _triton.vector(x) == 8
     assert _triton.vector(x, x[..., 1:]) == 1
