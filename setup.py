@@ -36,7 +36,7 @@ SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel")
 # csrc/cuda/<kernel>.cu, attention once for each head dimension, and what is C++ there
 CUDA_KERNELS = {
     **{f"attention_forward.d{d}": f"-DSCM_HEAD_DIM={d}" for d in (64, 72, 96, 112, 128)},
-    "tangent": "",
+    **dict.fromkeys(("tangent_norm", "tangent_apply", "tangent_normalize", "tangent_scale"), ""),
 }
 CUDA_SHARED = ("attention_dispatch", "bindings", "queue")
 

@@ -8,7 +8,7 @@
 //
 // The versions, in TFLOP/s of 12 B H M N D operations on an A100, modelled from the machine code
 // (bfloat16, no causal mask, all tangents), each against the kernel as it was then (it now makes
-// 224, 241 and 227); what a step gains depends on the others, and 3% is noise:
+// 223, 243 and 230); what a step gains depends on the others, and 3% is noise:
 //
 //                                                          D = 64   112   128
 //   as it was                                                 222   243   227
@@ -20,6 +20,7 @@
 //   Copies by four neighbours of a row, the next four of the next row, met in half of the banks:
 //   1,408 of 8,576 wavefronts of shared memory at M = 64, N = 320, D = 64 (ptxsim). Now none do.
 //   Three blocks a multiprocessor at D = 64, with 168 registers a thread: the same within noise.
+//   The last tiles compiled for a causal mask and for the length alone, not for both: 0 to 4% more.
 
 #include <algorithm>
 #include <cfloat>
@@ -67,6 +68,9 @@ __device__ __forceinline__ Rows rows(const View& x, int batch, int head) {
   return {x.data + batch * x.batch + head * x.head, x.row};
 }
 
+// Why a tile has keys that a row does not see: nothing, the number of keys, the causal mask too.
+enum class Bounds { kNone, kLength, kCausal };
+
 // What a warp knows and does.
 template <class K>
 class Warp {
@@ -77,13 +81,18 @@ class Warp {
   __device__ __forceinline__ void run() {
     const Place at = place(p_);
     row_ = at.row;
+    // Keys that all rows see, and that any does.
+    const int first = p_.causal ? min(p_.n, row_ + 1) : p_.n;
     const int last = p_.causal ? min(p_.n, row_ + kBlockM) : p_.n;
-    // Tiles that every row sees whole, and all of them.
-    const int whole = (p_.causal ? min(p_.n, row_ + 1) : p_.n) / kBlockN;
+    const int whole = first / kBlockN;
     tiles_ = (last + kBlockN - 1) / kBlockN;
     start(at.batch, at.head);
-    pass<false>(0, whole);
-    pass<true>(whole, tiles_);
+    pass<Bounds::kNone>(0, whole);
+    if (p_.causal) {
+      pass<Bounds::kCausal>(whole, tiles_);
+    } else {
+      pass<Bounds::kLength>(whole, tiles_);
+    }
     finish();
   }
 
@@ -148,15 +157,17 @@ class Warp {
   }
 
   // Keys that a row sees, from the first of a tile on.
+  template <Bounds kBounds>
   __device__ __forceinline__ int live(int r, int tile) const {
-    return (p_.causal ? min(p_.n, row(r) + 1) : p_.n) - tile * kBlockN;
+    return (kBounds == Bounds::kCausal ? min(p_.n, row(r) + 1) : p_.n) - tile * kBlockN;
   }
 
   // -inf for the keys that a row does not see.
+  template <Bounds kBounds>
   __device__ __forceinline__ void bound(float (&s)[kKeys][4], int tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int end = live(i / 2, tile) - lane_ % 4 * 2;
+      const int end = live<kBounds>(i / 2, tile) - lane_ % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (8 * n + i % 2 >= end) s[n][i] = -INFINITY;
@@ -166,27 +177,29 @@ class Warp {
 
   // A higher top for the rows that want one, given the largest scores of a tile's lanes, times
   // scale log2(e); before the first tile also the shift.
-  template <bool kBounded>
+  template <Bounds kBounds>
   __device__ __forceinline__ void raise(const float (&most)[2], const float (&t)[kKeys][4],
                                         int tile) {
     float factor[2];
     softmax_.raise(most, Range<T>::kHeadroom, factor);
-    if (K::kMoving && tile == 0) set_shift<kBounded>(t);
+    if (K::kMoving && tile == 0) set_shift<kBounds>(t);
     outputs_.rescale(factor);
   }
 
   // Minus the mean of t over the keys that a row sees of the first tile.
-  template <bool kBounded>
+  template <Bounds kBounds>
   __device__ __forceinline__ void set_shift(const float (&t)[kKeys][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int count = kBounded ? min(live(r, 0), kBlockN) : kBlockN;
+      const int count = kBounds == Bounds::kNone ? kBlockN : min(live<kBounds>(r, 0), kBlockN);
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!kBounded || 8 * n + lane_ % 4 * 2 + i < count) total += t[n][2 * r + i];
+          if (kBounds == Bounds::kNone || 8 * n + lane_ % 4 * 2 + i < count) {
+            total += t[n][2 * r + i];
+          }
         }
       }
       t0_[2 * r] = t0_[2 * r + 1] = t0_[2 * r] - row_sum(total) / count;
@@ -194,12 +207,12 @@ class Warp {
   }
 
   // Takes a tile in, or raises the top for it and returns false.
-  template <bool kBounded>
+  template <Bounds kBounds>
   __device__ __forceinline__ bool add(int tile) {
     float s[kKeys][4], t[kKeys][4], most[2] = {-INFINITY, -INFINITY};
     const uint32_t k = stage(tile);
     queries_.scores(s, t, t0_, k);
-    if (kBounded) bound(s, tile);
+    if (kBounds != Bounds::kNone) bound<kBounds>(s, tile);
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
 #pragma unroll
@@ -207,7 +220,7 @@ class Warp {
     }
     most[0] *= p_.scale2, most[1] *= p_.scale2;
     if (__any_sync(kAllLanes, softmax_.high<T>(most))) {
-      raise<kBounded>(most, t, tile);
+      raise<kBounds>(most, t, tile);
       return false;
     }
     uint32_t p[kKeys / 2][4], h[kKeys / 2][4];
@@ -221,7 +234,8 @@ class Warp {
         p[n / 2][n % 2 * 2 + r] = pack<T>(p0, p1);
         if (K::kMoving) {
           float h0 = p0 * p_.scale * t[n][2 * r], h1 = p1 * p_.scale * t[n][2 * r + 1];
-          if (kBounded) {  // of a key that is not seen p is 0, and t may be anything
+          if (kBounds !=
+              Bounds::kNone) {  // of a key that is not seen p is 0, and t may be anything
             h0 = p0 == 0.0f ? 0.0f : h0, h1 = p1 == 0.0f ? 0.0f : h1;
           }
           softmax_.mean[r] += h0 + h1;
@@ -234,10 +248,10 @@ class Warp {
   }
 
   // The tiles from `tile` to `end`, the last one excluded; a tile that raises the top comes again.
-  template <bool kBounded>
+  template <Bounds kBounds>
   __device__ __forceinline__ void pass(int tile, int end) {
     while (tile < end) {
-      if (add<kBounded>(tile)) advance(tile++);
+      if (add<kBounds>(tile)) advance(tile++);
     }
   }
 

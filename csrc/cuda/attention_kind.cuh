@@ -27,8 +27,8 @@ struct Kind {
   // With more features there are no registers for tq, which stays in shared memory.
   static constexpr bool kKeepTQ = kD < 112;
   // Copies start from the thread's number, read anew so that nothing of it is kept in registers.
-  // With 128 features and all tangents, ptxas spills 8 bytes then, and none without.
-  static constexpr bool kAnew = kD < 128 || !(kTQ && kTK && kTV);
+  // With 128 features ptxas spills 8 to 24 bytes then, and none without.
+  static constexpr bool kAnew = kD < 128;
 
   // Bytes of shared memory: a stage has a tile of k, tk, v, tv, in this order. q, and a tq that
   // does not stay, arrive where the second stage will be; outputs leave from the start.

@@ -2,6 +2,10 @@
 // and sums over a sample in an order that the shape alone decides.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
+#include "problems.h"
 #include "ptx.cuh"
 
 namespace scm {
@@ -220,6 +224,41 @@ __device__ inline double add_parts(const double* sums, int64_t row, unsigned par
   for (unsigned i = threadIdx.x; i < parts; i += blockDim.x) sum += __ldg(sums + row * parts + i);
   return add_up(sum, blockDim.x);
 }
+
+// What normalises samples. `sums` [b, parts], of samples in parts.
+struct NormalizeParams {
+  NormalizeParams(const TangentNormalize& p, const Samples& samples, const double* sums)
+      : samples(samples),
+        sums(sums),
+        out(p.out),
+        count(p.count),
+        c(p.c),
+        lost(p.zero ? 0.0f : std::numeric_limits<float>::quiet_NaN()) {}
+
+  Samples samples;
+  const double* sums;
+  char* out;
+  double count, c;
+  float lost;  // what a sample becomes that is not finite
+};
+
+// g / (norm + c), given the sum of g's squares.
+struct Scale {
+  __device__ Scale(const NormalizeParams& p, double squares)
+      : finite(squares < INFINITY),
+        factor(static_cast<float>(1.0 / (sqrt(squares / p.count) + p.c))),
+        lost(p.lost) {}
+
+  template <class T, int kVec>
+  __device__ void write(char* to, float (&g)[kVec]) const {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) g[j] = finite ? g[j] * factor : lost;
+    cuda::write<T>(to, g);
+  }
+
+  bool finite;
+  float factor, lost;
+};
 
 }  // namespace cuda
 }  // namespace scm
