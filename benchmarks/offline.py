@@ -97,7 +97,10 @@ class _Driver:
         return {"max_shared_mem": SHARED_MEMORY[self.target]}
 
     def load_binary(self, name, binary, shared, device) -> tuple:
-        return None, name, 0, 0, 1024  # module, function, registers, spills, most threads
+        return name, name, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module) -> None:
+        pass
 
 
 def _launcher(src, metadata):
@@ -159,7 +162,7 @@ def gpu(
     _triton.unavailable, _triton.refuses = lambda: None, lambda x: None
     _triton.architecture = lambda device: target
     _triton.describe = lambda: f"{target}, {'simulated' if simulate else 'compiled alone'}"
-    _backends._implementation.cache_clear()
+    _backends.forget()
     driver.set_active(current)
     try:
         with _backends.backend("triton"):
@@ -168,4 +171,4 @@ def gpu(
         driver.set_active(before)
         for name, function in real.items():
             setattr(_triton, name, function)
-        _backends._implementation.cache_clear()
+        _backends.forget()

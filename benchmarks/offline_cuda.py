@@ -85,7 +85,7 @@ def gpu(*, simulate: bool = False, **options) -> Iterator[list[Launch]]:
 def _set(functions: dict) -> None:
     for name, function in functions.items():
         setattr(_cuda, name, function)
-    _backends._implementation.cache_clear()
+    _backends.forget()
 
 
 def _simulate(launch: Launch, tensors: Sequence[Tensor | None], options: dict):

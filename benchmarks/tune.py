@@ -15,6 +15,7 @@ import torch
 import scm_kernels
 from benchmarks import a100
 from benchmarks.common import report, with_progress
+from scm_kernels import _backends
 from scm_kernels.attention import triton_forward
 from scm_kernels.attention.triton_config import Row
 
@@ -35,7 +36,7 @@ def trial(row: Row, problem: a100.Problem, length: int) -> dict:
     """A line of the table: the candidate and its speed, or why it has none."""
     before = triton_forward.forward_row
     triton_forward.forward_row = lambda *_: row
-    triton_forward._plans.clear()
+    _backends.forget()
     result = {"TFLOP/s": None, "local B": None}
     try:
         speed = measured if torch.cuda.is_available() else modelled
@@ -44,7 +45,7 @@ def trial(row: Row, problem: a100.Problem, length: int) -> dict:
         result["reason"] = str(error).splitlines()[0][:60]
     finally:
         triton_forward.forward_row = before
-        triton_forward._plans.clear()
+        _backends.forget()
     return result | {"row": repr(row)}
 
 

@@ -6,20 +6,23 @@ A backend joins an op by one file, `scm_kernels/<op>/<backend>.py`, that holds
     refuses(problem) -> str | None  why it does not take this combination of inputs
     <step>(problem) -> None         one function a step ("forward", ...): writes the outputs
 
-where `problem` is the op's frozen dataclass of inputs and of outputs that `op.py` has allocated.
-Nothing else changes: `run` below finds the file, asks it, and calls it. `DETAILS` may hold a
-function that gives what else `backends()` tells about a backend, such as an instruction set.
+where `problem` is the op's named tuple of inputs and of outputs that `library.py` has allocated.
+Nothing else changes: `run` below finds the file, asks it, and calls it. A backend that decides much
+for a step has `plan_<step>(problem)` in its place: it returns what runs this problem and all that
+differ from it in their numbers alone. `DETAILS` may hold a function that gives what else
+`backends()` tells about a backend, such as an instruction set.
 """
 
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
-from scm_kernels import _cuda, _native, _triton
+from scm_kernels import _cuda, _native, _plans, _triton
 
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
@@ -32,6 +35,7 @@ DETAILS = {
 ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")
+_planned = _plans.Plans()
 
 
 def backends() -> dict[str, str]:
@@ -72,17 +76,46 @@ def requested() -> str:
     return _forced.get()
 
 
-def run(op: str, step: str, problem: object, request: str) -> None:
-    """Run one step of an op on the backend that `request` names, or on the first to take it."""
-    module, _ = choose(op, step, problem, request)
-    getattr(module, step)(problem)
+def setting(request: str) -> str:
+    """The backend that is asked for: by `request`, else by the environment; "" by neither."""
+    return request or os.environ.get(ENVIRONMENT, "")
 
 
-def choose(op: str, step: str, problem: object, request: str) -> tuple[ModuleType, bool]:
-    """The backend that runs this, and whether it is forced.
+def run(
+    op: str, step: str, problem: tuple, request: str, stand_in: ModuleType | None = None
+) -> None:
+    """Run one step of an op: `plan` for this problem alone."""
+    plan(op, step, problem, request, stand_in)(problem)
 
-    `request` is what `requested()` gave; where that is "", the environment decides.
+
+def plan(
+    op: str, step: str, problem: tuple, request: str, stand_in: ModuleType | None = None
+) -> Callable[[tuple], None]:
+    """What runs a step of an op, for problems of one kind, on the backend that `request` names, or
+    on the first to take it.
+
+    `request` is what `requested()` gave; where that is "", the environment decides. Where neither
+    forces a backend, `stand_in` may take its place: its `serves(problem, module)` says so.
     """
+    kind = (op, step, setting(request), *_plans.kind(problem))
+    result = _planned[kind]
+    if result is None:
+        module, forced = choose(op, step, problem, request)
+        if not forced and stand_in is not None and stand_in.serves(problem, module):
+            module = stand_in
+        prepare = getattr(module, f"plan_{step}", None)
+        result = _planned[kind] = getattr(module, step) if prepare is None else prepare(problem)
+    return result
+
+
+def forget() -> None:
+    """What has been found out about this machine, as after a change of it."""
+    _implementation.cache_clear()
+    _plans.forget()
+
+
+def choose(op: str, step: str, problem: tuple, request: str) -> tuple[ModuleType, bool]:
+    """The backend that runs this, and whether it is forced."""
     name = _resolve(request)
     if name == AUTO:
         return _first_that_takes(op, problem)[0], False
@@ -109,7 +142,7 @@ def _first_that_takes(op: str, problem: object) -> tuple[ModuleType, str]:
 
 
 def _resolve(request: str) -> str:
-    return request or _checked(os.environ.get(ENVIRONMENT) or AUTO, ENVIRONMENT)
+    return request or _checked(setting("") or AUTO, ENVIRONMENT)
 
 
 def _checked(name: str, argument: str) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "differentiable",
     "outer_levels",
     "refuse_duals",
+    "without_autocast",
 ]
 
 
@@ -51,9 +52,9 @@ class Op:
         self.dispatched = getattr(torch.ops.scm_kernels, self.name)
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or not plain(args[: self.tensors]):
-            return self.dispatched(*args)
-        return self.autograd(*args)
+        if plain(args[: self.tensors]):
+            return self.autograd(*args)
+        return self.dispatched(*args)
 
     def below(self, *args):
         """Below autograd."""
@@ -65,12 +66,17 @@ class Op:
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing but autograd has to see a call with these tensors."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:  # a loop is quicker than all
+        if x is not None and type(x) is not Tensor and type(x) is not Parameter:
+            return False
+    return True
 
 
 def define(
@@ -78,7 +84,7 @@ def define(
 ) -> Op:
     """Register one op: schema, kernel for every device, shapes without data, autograd, batching."""
     name = schema.partition("(")[0]
-    kernel = _without_autocast(kernel)
+    kernel = without_autocast(kernel)
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd")
@@ -87,7 +93,7 @@ def define(
     return Op(schema, kernel, autograd)
 
 
-def _without_autocast(kernel: Callable) -> Callable:
+def without_autocast(kernel: Callable) -> Callable:
     """Autocast has had its say at the front door; the ops inside a kernel keep their dtype."""
 
     @functools.wraps(kernel)
@@ -113,7 +119,12 @@ def refuse_duals(op: str, instead: str, tensors: Iterable[Tensor | None]) -> Non
 
 def differentiable(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd has to record a call with these inputs."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110  (quicker than any)
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def apply(function: type[Function], *args):

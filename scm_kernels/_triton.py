@@ -3,10 +3,8 @@
 Triton is imported where a kernel is first needed: `import scm_kernels` asks for torch alone.
 """
 
-import dataclasses
 import functools
 import math
-import operator
 import os
 from collections.abc import Callable
 from functools import cache
@@ -87,56 +85,33 @@ class Launch:
     which takes longer than the launch; from its second call on this takes the variant of the first.
     """
 
-    __slots__ = ("compiled", "kernel", "options", "programs")
+    __slots__ = ("again", "kernel", "options", "programs")
 
     def __init__(self, kernel, programs: int, **options):
         self.kernel, self.programs, self.options = kernel, programs, options
-        self.compiled = None
+        self.again = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a compiled variant, for which a named tuple is as good as any other."""
+        return self.again is not None
 
     def __call__(self, like: Tensor, *args) -> None:
         """On the device of `like`, on its current stream."""
-        if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
-            with torch.cuda.device(like.device):
+        index = like.get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
                 self._run(args)
         else:
             self._run(args)
 
     def _run(self, args: tuple) -> None:
-        if self.compiled is None:  # the interpreter, too, gives None
-            self.compiled = self.kernel[(self.programs,)](*args, **self.options)
-        else:
-            self.compiled[(self.programs, 1, 1)](*args)
-
-
-def launch(kernel, programs: int, like: Tensor, *args, **options) -> None:
-    """Run `programs` programs of a kernel on the device of `like`, on its current stream."""
-    Launch(kernel, programs, **options)(like, *args)
-
-
-def kind(problem: object) -> tuple:
-    """All that launches for a problem depend on but the addresses: problems of one kind share their
-    plan, compiled kernels included.
-    """
-    values = operator.attrgetter(*problem.__slots__)(problem)
-    device = values[0].device
-    return (
-        device,
-        architecture(device),
-        *(
-            (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x
-            for x in values
-        ),
-    )
-
-
-class Plans(dict):
-    """The plans of the kinds of problem that have been met: `plans[kind]`, or None."""
-
-    MOST = 4096  # kinds; a program that meets more has new ones all the time, and starts afresh
-
-    def __missing__(self, key: tuple) -> None:
-        if len(self) >= self.MOST:
-            self.clear()
+        if self.again is not None:
+            self.again(*args)
+            return
+        compiled = self.kernel[(self.programs,)](*args, **self.options)
+        if compiled is not None:  # not interpreted
+            self.again = compiled[(self.programs, 1, 1)]
 
 
 def vector(*tensors: Tensor | None) -> int:
@@ -176,28 +151,29 @@ def coded(stride: int) -> int:
 
 
 def without_bfloat16(*outputs: str) -> Callable:
-    """A decorator of a backend's step: where Triton's interpreter would run it in bfloat16, it runs
-    in float32, and PyTorch rounds the outputs of these names.
+    """A decorator of a backend's `plan_<step>`: where Triton's interpreter would run it in
+    bfloat16, it runs in float32, and PyTorch rounds the outputs of these names.
 
     The interpreter truncates float32 to bfloat16, where a GPU rounds to nearest even, and its
     `tl.dot` multiplies the bits of bfloat16. To widen is exact.
     """
 
-    def decorate(step: Callable[[object], None]) -> Callable[[object], None]:
-        @functools.wraps(step)
+    def decorate(plan: Callable) -> Callable:
+        @functools.wraps(plan)
+        def planned(problem):
+            return run if interpreting() else plan(problem)
+
         def run(problem):
-            if not interpreting():
-                return step(problem)
-            fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
             wide = {
                 name: x.float()
-                for name, x in fields.items()
+                for name, x in problem._asdict().items()
                 if isinstance(x, Tensor) and x.dtype == torch.bfloat16
             }
-            step(dataclasses.replace(problem, **wide))
+            widened = problem._replace(**wide)
+            plan(widened)(widened)
             for name in wide.keys() & set(outputs):
-                fields[name].copy_(wide[name])
+                getattr(problem, name).copy_(wide[name])
 
-        return run
+        return planned
 
     return decorate

@@ -91,10 +91,10 @@ def test_gradients(backend, case, through, poisoned):
 @pytest.fixture
 def no_native_module(monkeypatch):
     monkeypatch.setattr(_native, "unavailable", lambda: "hidden by a test")
-    _backends._implementation.cache_clear()
+    _backends.forget()
     yield
     monkeypatch.undo()
-    _backends._implementation.cache_clear()
+    _backends.forget()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -179,13 +179,13 @@ def test_plain_inputs_are_pytorchs_own(x):
 
 def test_a_forced_backend_is_part_of_the_graph(x, monkeypatch):
     """It is neither frozen at the first call nor forgotten in the backward."""
-    seen, choose = [], _backends.choose
+    seen, plan = [], _backends.plan
 
-    def spy(op, step, problem, request):
+    def spy(op, step, problem, request, *stand_in):
         seen.append((step, request))
-        return choose(op, step, problem, request)
+        return plan(op, step, problem, request, *stand_in)
 
-    monkeypatch.setattr(_backends, "choose", spy)
+    monkeypatch.setattr(_backends, "plan", spy)
     function, leaves = compiled(attention_jvp), [y.requires_grad_() for y in x]
     with torch.no_grad():
         function(*x)

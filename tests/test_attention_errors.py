@@ -251,11 +251,11 @@ def plant(tmp_path, monkeypatch):
         (tmp_path / "cpu.py").write_text(content)
         monkeypatch.setattr(package, "__path__", [str(tmp_path), *package.__path__])
         monkeypatch.delitem(sys.modules, "scm_kernels.attention.cpu", raising=False)
-        _backends._implementation.cache_clear()
+        _backends.forget()
 
     yield write
     sys.modules.pop("scm_kernels.attention.cpu", None)
-    _backends._implementation.cache_clear()
+    _backends.forget()
 
 
 def planted_calls() -> list:

@@ -6,7 +6,6 @@ The tests that run are those of `test_attention.py`, which a GPU takes as they a
 are past several tiles, and do not divide them.
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -256,13 +255,15 @@ def test_launches_go_to_the_device_of_the_tensors(monkeypatch):
             entered.append("out")
 
     class Tensor:
-        device = torch.device("cuda", 1)
+        @staticmethod
+        def get_device():
+            return 1
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
     kernel = {(3,): lambda *args, **options: entered.append((args, options))}
-    _triton.launch(kernel, 3, Tensor(), "x", num_warps=4)
-    assert entered == [Tensor.device, "in", (("x",), {"num_warps": 4}), "out"]
+    _triton.Launch(kernel, 3, num_warps=4)(Tensor(), "x")
+    assert entered == [1, "in", (("x",), {"num_warps": 4}), "out"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -286,12 +287,8 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypa
     )
     monkeypatch.setattr(_triton, "refuses", lambda x: None)
     assert (torch_flash._refuses_on_gpu(problem) is None) == taken
-    meta = {
-        f.name: x.to("meta") if isinstance(x, torch.Tensor) else x
-        for f in dataclasses.fields(problem)
-        for x in (getattr(problem, f.name),)
-    }
-    gradients = torch_flash._on_gpu(Backward(**meta))
+    meta = Backward(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in problem))
+    gradients = torch_flash._on_gpu(meta)
     assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 

@@ -4,7 +4,6 @@ tangent in a simulator of PTX.
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -178,15 +177,14 @@ def test_attention_refuses(monkeypatch, problem, reason):
 def test_tensors_elsewhere():
     problem = forward()
     assert cuda.refuses(problem) == "it runs on a GPU, not on cpu"
-    names = {field.name for field in dataclasses.fields(Backward)}
-    gradient = Backward(**{name: getattr(problem, name, None) for name in names})
+    gradient = Backward(**{name: getattr(problem, name, None) for name in Backward._fields})
     assert cuda.refuses(gradient) == "it has no backward"
 
 
 def test_auto_asks_it_first(written):
     problem = forward()
     assert _backends.choose("attention", "forward", problem, "auto") == (cuda, False)
-    masked = dataclasses.replace(problem, mask=torch.zeros(1, 1, 5, 7))
+    masked = problem._replace(mask=torch.zeros(1, 1, 5, 7))
     assert _backends.choose("attention", "forward", masked, "auto")[0] is not cuda
 
 

@@ -70,16 +70,6 @@ def test_tensors_elsewhere(monkeypatch):
     assert "on the CPU" in _triton.refuses(x.to("meta"))
 
 
-def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(_triton.Plans, "MOST", 3)
-    plans = _triton.Plans()
-    for i in range(10):
-        assert plans[(i,)] is None
-        plans[(i,)] = i
-        assert plans[(i,)] == i
-        assert len(plans) <= 3
-
-
 @pytest.mark.parametrize("stride", [0, 1, 16, 64, 2**31])
 def test_strides_are_odd(stride):
     """Triton compiles once more for 1, and for what 16 divides."""

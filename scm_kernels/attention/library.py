@@ -1,5 +1,6 @@
 """The ops behind `op.py`: schema, kernel, fake, autograd, vmap of attention and its gradient."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
@@ -68,14 +69,50 @@ def _rowwise(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+class Call:
+    """Calls of `attention_jvp` of one kind, which are `plain` and have been checked: what depends
+    on the kind alone is decided at the first one.
+    """
+
+    def __init__(self, *options):
+        self.options = options  # what follows the tensors
+        self.plan: Callable[[Forward], None] | None = None
+
+    @staticmethod
+    def takes(tensors) -> bool:
+        """Whether there is nothing to be done before or in place of a kernel."""
+        rowwise = all(_rowwise(x) is x for x in tensors[:6])
+        return rowwise and 0 not in tensors[0].shape[:3]
+
+    def __call__(self, tensors) -> tuple[Tensor, ...]:
+        _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
+        if _library.differentiable(tensors):
+            return _library.apply(_Attention, *tensors, *self.options, self)
+        return self.run(tensors)
+
+    @_library.without_autocast
+    def run(self, tensors) -> tuple[Tensor, ...]:
+        """The kernel, where autograd has nothing to record."""
+        causal, scale, _, backend = self.options
+        outputs = _empty_forward(*tensors, *self.options)
+        problem = Forward(*tensors, causal, scale, *outputs)
+        if self.plan is None:
+            self.plan = _backends.plan("attention", "forward", problem, backend)
+        self.plan(problem)
+        return outputs
+
+
 class _Attention(_library.Function):
     """Autograd of `attention_jvp`: through out and t_out, or (tangent_grad False) out alone."""
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, causal, scale, tangent_grad, backend = args
-        with _library.outer_levels():
-            out, t_out, lse, mu = attention_jvp.below(*args)
+        *tensors, causal, scale, tangent_grad, backend, call = args
+        if call is None:
+            with _library.outer_levels():
+                out, t_out, lse, mu = attention_jvp.below(*args[:-1])
+        else:
+            out, t_out, lse, mu = call.run(tensors)
         ctx.set_materialize_grads(False)
         if tangent_grad:
             ctx.mark_non_differentiable(lse, mu)
@@ -92,7 +129,7 @@ class _Attention(_library.Function):
     def backward(ctx, dout, dt_out, _dlse, _dmu):
         wanted, saved = ctx.needs_input_grad[:8], ctx.saved_tensors
         if ctx.level is None or forward_ad.unpack_dual(ctx.level).tangent is None:
-            return (*_gradients(saved, ctx.options, dout, dt_out, wanted), *(None,) * 4)
+            return (*_gradients(saved, ctx.options, dout, dt_out, wanted), *(None,) * 5)
         # A backward inside of the dual level. The gradient of (dout, O) in the inputs has a
         # tangent: the gradient of (dout, tO), as tO is the tangent of O, and of (tdout, O).
         (dout, tdout), (dt_out, tdt_out) = map(unpack, (dout, dt_out))
@@ -105,7 +142,7 @@ class _Attention(_library.Function):
             x if t is None else forward_ad.make_dual(x, t)
             for x, t in zip(gradients, tangents, strict=True)
         )
-        return (*duals, *(None,) * 4)
+        return (*duals, *(None,) * 5)
 
 
 def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
@@ -127,10 +164,10 @@ def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
 
 
 def _autograd_forward(*args):
-    *tensors, _causal, _scale, _tangent_grad, _backend = args
+    tensors = args[:8]
     _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
     if _library.differentiable(tensors):
-        return _library.apply(_Attention, *args)
+        return _library.apply(_Attention, *args, None)
     return attention_jvp.below(*args)
 
 
@@ -186,10 +223,7 @@ def _backward(dout, dt_out, *args):
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
-    chosen, forced = _backends.choose("attention", "backward", problem, backend)
-    if not forced and torch_flash.serves(problem, chosen):
-        chosen = torch_flash
-    chosen.backward(problem)
+    _backends.run("attention", "backward", problem, backend, torch_flash)
     return [x for x in gradients if x is not None]
 
 

@@ -1,12 +1,11 @@
 """What a backend gets: one problem for each step. Symbols are those of `reference.py`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """Attention and its tangent, one pass.
 
     q, tq [B, H, M, D]; k, tk [B, Hk, N, D]; v, tv [B, Hk, N, E], H a multiple of Hk, any strides.
@@ -33,8 +32,7 @@ class Forward:
     mu: Tensor  # like lse
 
 
-@dataclass(frozen=True, slots=True)
-class Backward:
+class Backward(NamedTuple):
     """Gradients through `out` and `t_out`, from what the forward saved.
 
     An absent cotangent is None, never both. Where dt_out is None, so are tq, tk, tv, tmask, t_out

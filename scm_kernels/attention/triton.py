@@ -1,5 +1,7 @@
 """Attention on a GPU by the Triton kernels of `triton_forward.py` and `triton_backward.py`."""
 
+from collections.abc import Callable
+
 import torch
 
 from scm_kernels import _triton
@@ -29,21 +31,32 @@ def refuses(problem: Forward | Backward) -> str | None:
 
 
 @_triton.without_bfloat16("out", "t_out")
-def forward(problem: Forward) -> None:
+def plan_forward(problem: Forward) -> Callable[[Forward], None]:
     """One pass over the keys."""
-    from scm_kernels.attention.triton_forward import launch_attention_forward
+    from scm_kernels.attention.triton_forward import plan_attention_forward
 
-    launch_attention_forward(problem, _precision())
+    return _by_precision(plan_attention_forward, problem)
 
 
 @_triton.without_bfloat16("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
-def backward(problem: Backward) -> None:
+def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """The closed form, in a pass for each kind of gradient."""
-    from scm_kernels.attention.triton_backward import launch_attention_backward
+    from scm_kernels.attention.triton_backward import plan_attention_backward
 
-    launch_attention_backward(problem, _precision())
+    return _by_precision(plan_attention_backward, problem)
 
 
-def _precision() -> str:
-    """Of products in float32: exact, or in TF32 where PyTorch's own products are."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def _by_precision(plan: Callable, problem: Forward | Backward) -> Callable:
+    """Products in float32 are exact, or in TF32 where PyTorch's own are when they run."""
+    if problem.q.dtype != torch.float32:
+        return plan(problem, "ieee")
+    plans = {}
+
+    def run(problem):
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        precision = "tf32" if tf32 else "ieee"
+        if precision not in plans:
+            plans[precision] = plan(problem, precision)
+        plans[precision](problem)
+
+    return run

@@ -15,7 +15,7 @@ mathematics is in `triton_gradients.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -307,16 +307,11 @@ _KERNELS = {
 _READ = ("q", "k", "v", "tq", "tk", "tv", "dout", "dt_out", "out", "t_out")
 _WRITTEN = ("dq", "dk", "dv", "dtq", "dtk", "dtv")
 _MASKS = ("mask", "tmask", "dmask", "dtmask")
-_plans = _triton.Plans()
 
 
-def launch_attention_backward(problem: Backward, precision: str) -> None:
-    """Write the gradients that are wanted; `precision` is that of products in float32."""
-    kind = (precision, *_triton.kind(problem))
-    plan = _plans[kind]
-    if plan is None:
-        plan = _plans[kind] = _Plan(problem, precision)
-    plan.run(problem)
+def plan_attention_backward(problem: Backward, precision: str) -> Callable[[Backward], None]:
+    """What writes the gradients that are wanted; `precision` is that of products in float32."""
+    return _Plan(problem, precision).run
 
 
 def _rowwise(x: Tensor | None) -> Tensor | None:

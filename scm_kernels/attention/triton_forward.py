@@ -7,7 +7,7 @@ scores are in units of log 2, for exp2.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -320,39 +320,30 @@ def attention_forward_kernel(
 # --- host
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How problems of one kind are launched."""
+def plan_attention_forward(problem: Forward, precision: str) -> Callable[[Forward], None]:
+    """What writes out, t_out, lse, mu; `precision` is that of products in float32."""
+    launch, strides, numbers = _plan(problem, precision)
+    absent = [i for i, x in enumerate(strides) if x is None]
 
-    launch: _triton.Launch
-    strides: list[tuple | None]  # of `_tensors`
-    numbers: tuple  # the arguments that are no tensors
+    def run(p: Forward) -> None:
+        q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, lse, mu = p
+        views = list(zip((q, k, v, tq, tk, tv, mask, tmask, out, t_out), strides, strict=True))
+        for i in absent:
+            views[i] = None
+        if not launch.known:  # what Triton compiles has names
+            views = [None if x is None else View(*x) for x in views]
+            launch(q, Inputs(*views[:8]), *views[8:], lse, mu, *numbers)
+        else:
+            launch(q, tuple(views[:8]), *views[8:], lse, mu, *numbers)
 
-
-_plans = _triton.Plans()
-
-
-def _tensors(p: Forward) -> tuple:
-    return (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)
-
-
-def launch_attention_forward(problem: Forward, precision: str) -> None:
-    """Write out, t_out, lse, mu; `precision` is that of products in float32."""
-    p, kind = problem, (precision, *_triton.kind(problem))
-    plan = _plans[kind]
-    if plan is None:
-        plan = _plans[kind] = _plan(problem, precision)
-    *x, out, t_out = (
-        None if x is None else View(x, strides)
-        for x, strides in zip(_tensors(p), plan.strides, strict=True)
-    )
-    plan.launch(p.q, Inputs(*x), out, t_out, p.lse, p.mu, *plan.numbers)
+    return run
 
 
-def _plan(p: Forward, precision: str) -> _Plan:
+def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None], tuple]:
+    """The launch, the strides of the tensors, and the arguments that are no tensors."""
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
     row = forward_row(_triton.architecture(p.q.device), p.q.dtype, max(d, e), p.causal)
-    tensors = _tensors(p)
+    tensors = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)
     vec = _triton.vector(*tensors[:6], *tensors[8:])
     strides = [_triton.strides(x, vec) for x in tensors]
     strides[6:8] = (mask_strides(x) for x in tensors[6:8])
@@ -376,7 +367,7 @@ def _plan(p: Forward, precision: str) -> _Plan:
     numbers = m, n, h, h // hk, scale, scale2, unit, meta
     programs = triton.cdiv(m, row.block_m) * b * h
     launch = _triton.Launch(attention_forward_kernel, programs, **row.options())
-    return _Plan(launch, strides, numbers)
+    return launch, strides, numbers
 
 
 def _bounded_tile(row: Row, mask: Tensor | None, tmask: Tensor | None) -> int:

@@ -64,8 +64,7 @@ def _norm(f, v, x, j, coefficients, backend):
 
 def _autograd_norm(*args):
     _library.refuse_duals("tangent_norm", _INSTEAD, args[:5])
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.tangent_norm(*args)
+    return tangent_norm.below(*args)
 
 
 # --- tangent_apply --------------------------------------------------------------------------------
@@ -105,8 +104,7 @@ def _autograd_apply(*args):
     _library.refuse_duals("tangent_apply", _INSTEAD, tensors)
     if _library.differentiable(tensors[4:]):
         return _library.apply(_Apply, *args)
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.tangent_apply(*args)
+    return tangent_apply.below(*args)
 
 
 # --- tangent_normalize ----------------------------------------------------------------------------
@@ -127,8 +125,7 @@ def _normalize(f, v, x, j, coefficients, c, mean, zero, backend):
 
 def _autograd_normalize(*args):
     _library.refuse_duals("tangent_normalize", _INSTEAD, args[:5])
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.tangent_normalize(*args)
+    return tangent_normalize.below(*args)
 
 
 # --- tangent_distance -----------------------------------------------------------------------------
@@ -158,7 +155,7 @@ class _Distance(_library.Function):
         # A sample that is left out: its inputs may be NaN, and no derivative is to see that.
         left_out = coefficients.eq(0).all(1, keepdim=True)
         scaled = (-dq * coefficients).masked_fill(left_out, 0.0)
-        df = torch.ops.scm_kernels.tangent_apply(f, v, x, j, scaled, ctx.backend)
+        df = tangent_apply(f, v, x, j, scaled, ctx.backend)
         if torch.is_grad_enabled():
             # A second derivative may follow: F - F^- is zero in value only.
             zero = (f - f.detach()).masked_fill(left_out, 0.0)
@@ -173,33 +170,32 @@ def _autograd_distance(*args):
     _library.refuse_duals("tangent_distance", _INSTEAD, tensors)
     if _library.differentiable(tensors[:1]):
         return _library.apply(_Distance, *args)
-    with _library.below_autograd():
-        return torch.ops.scm_kernels.tangent_distance(*args)
+    return tangent_distance.below(*args)
 
 
 _ops = torch.ops.scm_kernels
-_library.define(
+tangent_norm = _library.define(
     f"tangent_norm({_INPUTS}, str backend) -> Tensor",
     kernel=_norm,
     fake=_fake_norm,
     autograd=_autograd_norm,
     vmap=_vmap(lambda *args: _ops.tangent_norm(*args)),
 )
-_library.define(
+tangent_apply = _library.define(
     f"tangent_apply({_INPUTS}, str backend) -> Tensor",
     kernel=_apply,
     fake=_fake_apply,
     autograd=_autograd_apply,
     vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
 )
-_library.define(
+tangent_normalize = _library.define(
     f"tangent_normalize({_INPUTS}, float c, bool mean, bool zero, str backend) -> Tensor",
     kernel=_normalize,
     fake=_fake_normalize,
     autograd=_autograd_normalize,
     vmap=_vmap(lambda *args: _ops.tangent_normalize(*args)),
 )
-_library.define(
+tangent_distance = _library.define(
     f"tangent_distance({_INPUTS}, Tensor squares, str backend) -> Tensor",
     kernel=_distance,
     fake=_fake_distance,

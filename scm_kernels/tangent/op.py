@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from scm_kernels import _backends, _checks
-from scm_kernels.tangent import library as _library  # registers the ops  # noqa: F401
-from scm_kernels.tangent import reference
+from scm_kernels.tangent import library, reference
 from scm_kernels.tangent.presets import PRESETS, Preset
-
-_ops = torch.ops.scm_kernels
 
 
 def normalized_tangent(
@@ -81,7 +78,7 @@ def normalized_tangent(
     options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
     with torch.no_grad():
         coefficients = _coefficients(options)
-    tangent = _ops.tangent_normalize(
+    tangent = library.tangent_normalize(
         *inputs, coefficients, options.c, chosen.mean, options.zero, options.backend
     )
     tangent = tangent.reshape(output.shape[:1] + tuple(output.shape[i] for i in order))
@@ -165,7 +162,7 @@ def consistency_loss(
     options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
     _check_loss(preset, output, log_weight, warmup, reduction)
     coefficients, squares, weight = _scalars(inputs, options)
-    loss = weight * _ops.tangent_distance(*inputs, coefficients, squares, options.backend)
+    loss = weight * library.tangent_distance(*inputs, coefficients, squares, options.backend)
     if log_weight is not None:
         left_out = coefficients.eq(0).all(1)
         w = log_weight.to(weight.dtype).masked_fill(left_out, 0.0)
@@ -192,7 +189,7 @@ def _scalars(inputs: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Ten
     """s (a, b, k, d) [B, 4], (s n)^2 [B] and p [B]; zeros for a sample that is left out."""
     preset, t, c, size = options.preset, options.t, options.c, inputs[0].shape[1]
     coefficients = _coefficients(options)
-    squares = _ops.tangent_norm(*inputs, coefficients, options.backend)
+    squares = library.tangent_norm(*inputs, coefficients, options.backend)
     lost = ~squares.isfinite()
     # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
     squares = squares.masked_fill(lost, math.nan)

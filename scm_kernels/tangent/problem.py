@@ -1,13 +1,12 @@
 """What the ops hand to a backend: one problem for each step. Symbols as in `reference.py`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(NamedTuple):
     """squares = sum over D of g^2, g = a F + b V + k X + d J, in one read of each input.
 
     f, v, x, j [B, D], of one floating dtype, with stride(1) == 1 (or D == 1) and any stride(0), 0
@@ -28,8 +27,7 @@ class Norm:
     squares: Tensor  # [B], the coefficients' dtype, contiguous
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(NamedTuple):
     """out = a F + b V + k X + d J in one elementwise pass, rounded once. Inputs as in `Norm`.
 
     A row of zero coefficients writes zeros, whatever the inputs hold: that is how a non-finite
@@ -46,8 +44,7 @@ class Apply:
     out: Tensor  # [B, D], f's dtype, contiguous
 
 
-@dataclass(frozen=True, slots=True)
-class Normalize:
+class Normalize(NamedTuple):
     """out = s g with s = 1 / (||g|| + c), rounded once. Inputs as in `Norm`.
 
     One read of each input where g of a sample fits a cache. A sample whose sum of squares is not

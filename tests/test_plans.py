@@ -1,0 +1,163 @@
+"""What is decided once for calls of one kind holds for all of them, and for no others."""
+
+import pytest
+import torch
+
+import scm_kernels
+from scm_kernels import _backends, _plans
+from scm_kernels.attention import op, reference
+from scm_kernels.attention.op import attention_jvp
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    _backends.forget()
+    yield
+    _backends.forget()
+
+
+def tensors(*shape, dtype=torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(*(shape or (2, 3, 37, 16)), dtype=dtype) for _ in range(6)]
+
+
+def expected(x, **options):
+    q, k, v, tq, tk, tv = (None if y is None else y.double() for y in x)
+    causal, scale = options.get("is_causal", False), options.get("scale") or q.shape[-1] ** -0.5
+    return reference.dense(q, k, v, tq, tk, tv, None, None, causal=causal, scale=scale)[:2]
+
+
+def check(x, **options):
+    for actual, right in zip(attention_jvp(*x, **options), expected(x, **options), strict=True):
+        torch.testing.assert_close(actual.double(), right, rtol=2e-2, atol=2e-2)
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(_plans.Plans, "MOST", 3)
+    plans = _plans.Plans()
+    for i in range(10):
+        assert plans[(i,)] is None
+        plans[(i,)] = i
+        assert plans[(i,)] == i
+        assert len(plans) <= 3
+
+
+def test_a_call_after_another_that_differs_in_one_thing():
+    """Each right, in any order, the second time too."""
+    x = tensors()
+    apart = torch.randn(2, 3, 37, 32)[..., ::2]  # rows of other strides
+    shifted = torch.randn(2 * 3 * 37 * 16 + 1)[1:].view(2, 3, 37, 16)  # another alignment
+    calls = [
+        (x, {}),
+        (x, {"is_causal": True}),
+        (x, {"scale": 0.5}),
+        (x, {"scale": 1}),
+        ([y.transpose(1, 2).contiguous().transpose(1, 2) for y in x], {}),
+        ([apart, *x[1:]], {}),
+        ([shifted, *x[1:]], {}),
+        ([*x[:3], None, *x[4:]], {}),
+        ([*x[:5], None], {}),
+        ([y[:, :, :36] for y in x], {}),
+        ([y.bfloat16() for y in x], {}),
+        ([y[:0] for y in x], {}),
+        ([y[:1] for y in x], {}),
+    ]
+    for x, options in [*calls, *reversed(calls)]:
+        check(x, **options)
+
+
+def test_a_known_kind_is_checked_as_any_other():
+    """What equals a good argument, and is none."""
+    x = tensors()
+    attention_jvp(*x, is_causal=True, scale=1.0)
+    assert len(op._calls) == 1
+    with pytest.raises(TypeError, match="is_causal: got int 1"):
+        attention_jvp(*x, is_causal=1, scale=1.0)
+    with pytest.raises(TypeError, match="scale: got bool True"):
+        attention_jvp(*x, is_causal=True, scale=True)
+    with pytest.raises(TypeError, match="scale: got list"):
+        attention_jvp(*x, is_causal=True, scale=[1.0])
+    with pytest.raises(TypeError, match="query: got"):
+        attention_jvp(x[0].tolist(), *x[1:])
+    with pytest.raises(TypeError, match="key: got"):
+        attention_jvp(x[0], x[1].double(), *x[2:])
+
+
+def test_a_known_kind_still_asks_which_backend(monkeypatch):
+    x = [y.requires_grad_() for y in tensors()]
+    calls, choose = [], _backends.choose
+
+    def spy(*args):
+        calls.append(args[-1])
+        return choose(*args)
+
+    monkeypatch.setattr(_backends, "choose", spy)
+    for _ in range(2):
+        attention_jvp(*x)
+        with scm_kernels.backend("reference"):
+            attention_jvp(*x)
+    assert calls == ["", "reference"]
+    monkeypatch.setenv("SCM_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="SCM_KERNELS_BACKEND: got 'nonsense'"):
+        attention_jvp(*x)
+
+
+def test_a_known_kind_sees_whether_a_gradient_is_wanted():
+    x = tensors()
+    attention_jvp(*x)
+    leaves = [y.clone().requires_grad_() for y in x]
+    with torch.no_grad():
+        assert not attention_jvp(*leaves)[0].requires_grad
+    out, t_out = attention_jvp(*leaves)
+    (out.sum() + t_out.sum()).backward()
+    wide = [y.double().requires_grad_() for y in x]
+    sum(y.sum() for y in expected(wide)).backward()
+    for actual, right in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(actual.grad.double(), right.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_tensors_that_come_back_otherwise():
+    """Hooks may give the backward other strides than the forward had."""
+    x = [y.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for y in tensors()]
+    gradients = []
+    for _ in range(2):
+        for pack in (lambda y: y, lambda y: y.clone(memory_format=torch.contiguous_format)):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+                out, t_out = attention_jvp(*x)
+            gradients.append(torch.autograd.grad(out.sum() + t_out.square().sum(), x))
+    for others in gradients[1:]:
+        for one, other in zip(gradients[0], others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_autocast_is_no_part_of_a_kernel():
+    """The reference multiplies by PyTorch, which autocast would round."""
+    x = tensors()
+    with scm_kernels.backend("reference"):
+        attention_jvp(*x)
+        half = [y.bfloat16() for y in x]
+        attention_jvp(*half)
+        without = attention_jvp(*half)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = attention_jvp(*x)
+    for one, other in zip(outputs, without, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dual_tensors_are_still_refused():
+    x = tensors()
+    attention_jvp(*x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], x[3])
+        with pytest.raises(NotImplementedError, match="got a dual tensor"):
+            attention_jvp(dual, *x[1:])
+
+
+def test_transforms_after_a_plain_call():
+    x = tensors()
+    plain = attention_jvp(*x)
+    batched = torch.func.vmap(lambda *y: attention_jvp(*y))(*(y.unsqueeze(1) for y in x))
+    for one, other in zip(plain, batched, strict=True):
+        torch.testing.assert_close(one, other.squeeze(1))
+    subclassed = attention_jvp(*(torch.nn.Parameter(y) for y in x))
+    assert torch.equal(plain[0], subclassed[0])
