@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from benchmarks import offline_cuda, tools
-from scm_kernels import _cuda
+from scm_kernels import _cuda, _triton
+
+if _triton.interpreting() and _triton.unavailable() is None:
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 def pytest_collection_modifyitems(items):
