@@ -11,7 +11,8 @@ SCM_KERNELS_BUILD chooses what is built:
 CXX names the compiler (GCC 12 or Clang 16 and later), CXXFLAGS and LDFLAGS are appended, CUDA_HOME
 names the folder of NVIDIA's toolkit (else nvcc is looked for on PATH), to whose nvcc
 NVCC_APPEND_FLAGS are appended, SCM_KERNELS_SANITIZE=address,undefined (or thread) builds with
-sanitizers. Neither torch nor a GPU is needed: the kernels take plain pointers.
+sanitizers, SCM_KERNELS_ISAS="avx2 baseline" for these instruction sets alone. Neither torch nor a
+GPU is needed: the kernels take plain pointers.
 """
 
 import itertools
@@ -191,7 +192,8 @@ def ninja() -> list[str]:
 
 def ninja_file(cxx: Compiler, nvcc: Nvcc | None, target: Path) -> str:
     """The build as a ninja file: each kernel for each instruction set, the bindings, the link."""
-    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if not cxx.refuses(flags)}
+    sets = {name: INSTRUCTION_SETS[name] for name in instruction_sets()}
+    sets = {name: flags for name, flags in sets.items() if not cxx.refuses(flags)}
     call, link_flags = [*cxx.command, *cxx.flags], cxx.link_flags
     lines = compile_rule("compile", [*call, *includes()])
     objects = []
@@ -224,6 +226,18 @@ def ninja_file(cxx: Compiler, nvcc: Nvcc | None, target: Path) -> str:
         f"build {path(target)}: link {' '.join(objects)}",
     ]
     return "\n".join([*lines, ""])
+
+
+def instruction_sets() -> list[str]:
+    """Those to compile for, best first; a compiler may not know all of them."""
+    wanted = (os.environ.get("SCM_KERNELS_ISAS") or " ".join(INSTRUCTION_SETS)).split()
+    unknown = set(wanted) - set(INSTRUCTION_SETS)
+    if unknown or "baseline" not in wanted:
+        known = " ".join(INSTRUCTION_SETS)
+        sys.exit(
+            f"SCM_KERNELS_ISAS: got {' '.join(wanted)!r}, expected baseline and some of {known}"
+        )
+    return [name for name in INSTRUCTION_SETS if name in wanted]
 
 
 def compile_rule(name: str, command: list[str]) -> list[str]:
@@ -266,6 +280,7 @@ def extensions() -> list[Extension]:
         sys.exit(f"SCM_KERNELS_BUILD: got {wanted!r}, expected 'auto', 'none', 'cpu' or 'cuda'")
     if wanted == "none":
         return []
+    instruction_sets()  # before anything is built
     try:
         cxx = Compiler()
         nvcc = Nvcc(cxx) if wanted == "cuda" else None

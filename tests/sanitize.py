@@ -19,6 +19,8 @@ from pathlib import Path
 
 from native_build import build, copy_project, python
 
+from scm_kernels import _native
+
 # The lists of this backend; counting the bytes that PyTorch allocates has nothing to find here.
 SUITE = (
     *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
@@ -32,7 +34,8 @@ REPORT = "99"  # the exit status of a program that a sanitizer has ended
 
 def build_sanitized(place: Path, sanitizers: str) -> Path:
     """The native module of a copy, built in place with sanitizers."""
-    build(place, SCM_KERNELS_BUILD="cpu", SCM_KERNELS_SANITIZE=sanitizers)
+    here = " ".join(_native.module().instruction_sets())  # others would not be run
+    build(place, SCM_KERNELS_BUILD="cpu", SCM_KERNELS_SANITIZE=sanitizers, SCM_KERNELS_ISAS=here)
     return place
 
 

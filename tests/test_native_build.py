@@ -28,6 +28,7 @@ def project(tmp_path_factory):
     ("environment", "message"),
     [
         ({"SCM_KERNELS_BUILD": "gpu"}, r"got 'gpu', expected 'auto', 'none', 'cpu' or 'cuda'"),
+        ({"SCM_KERNELS_ISAS": "baseline avx9"}, "got 'baseline avx9', expected baseline and"),
         ({"SCM_KERNELS_BUILD": "cpu", **NO_COMPILER}, r"cpu: no C\+\+ compiler found \(c\+\+, g"),
         ({"SCM_KERNELS_BUILD": "cpu", "CXX": "icc9 -w"}, r"no C\+\+ compiler found \(icc9 -w; CXX"),
         ({"SCM_KERNELS_BUILD": "cpu", "CXX": "false"}, "'false' fails on a probe"),
