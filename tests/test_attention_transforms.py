@@ -332,3 +332,8 @@ def test_a_thread_without_duals_beside_one_with(x):
 
     truth = stock_jvp(*x[:4], *(torch.zeros_like(z) for z in x[4:]))
     assert_near(jvp(function, (x[0],), (x[3],)), truth)
+
+
+def test_a_query_that_is_no_tensor_beside_a_dual_key(x):
+    with pytest.raises(TypeError, match="query: got"):
+        jvp(lambda k: scaled_dot_product_attention([1.0], k, x[2]), (x[1],), (x[4],))

@@ -75,8 +75,8 @@ def dual_attention(
     """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
     inputs = (query, key, value, attn_mask)
     # Every input is looked at: the first dual one must not hide a batched one.
-    dual = forward_ad._current_level >= 0 and [has_tangent(x) for x in inputs]
-    if not dual or not any(dual):
+    pairs = [_unpack(x) for x in inputs] if forward_ad._current_level >= 0 else []
+    if all(tangent is None for _, tangent in pairs):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -87,7 +87,9 @@ def dual_attention(
             "and tangent would have to share one dropout mask, which is not supported"
         )
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
-        (q, tq), (k, tk), (v, tv), (mask, tmask) = map(unpack, _autocast(inputs))
+        if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+            pairs = map(unpack, _autocast(inputs))
+        (q, tq), (k, tk), (v, tv), (mask, tmask) = pairs
         tensors = (q, k, v, tq, tk, tv, mask, tmask)
         with _inside_level():
             out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
@@ -153,14 +155,19 @@ def attention_jvp(
 
 def has_tangent(x: object) -> bool:
     """Whether x is a dual tensor at the current level."""
-    if not isinstance(x, Tensor):
-        return False
+    return isinstance(x, Tensor) and _unpack(x)[1] is not None
+
+
+def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`unpack` at the front door, where transforms may meet."""
+    if not isinstance(x, Tensor):  # None, or what the checks will refuse
+        return x, None
     if not torch.compiler.is_compiling() and _is_batched_here(x):
         raise NotImplementedError(
             "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
             "take vmap(jvp(f)), or give the batch to the op as a dimension"
         )
-    return unpack(x)[1] is not None
+    return unpack(x)
 
 
 def _is_batched_here(x: Tensor) -> bool:
