@@ -19,7 +19,8 @@ from attention_cases import Case, draw
 import scm_kernels
 from scm_kernels import _triton, attention_jvp
 from scm_kernels.attention import torch_flash, triton_config
-from scm_kernels.attention.problem import Backward
+from scm_kernels.attention import triton as attention_triton
+from scm_kernels.attention.problem import Backward, Forward
 
 offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
 a100 = pytest.importorskip("benchmarks.a100")
@@ -230,6 +231,28 @@ def test_a_forced_backend_names_what_it_does_not_take():
             attention_jvp(wide, wide, wide, wide, wide, wide)
 
 
+@pytest.mark.parametrize(
+    ("target", "both", "most"),
+    [("sm_80", True, 256), ("sm_89", False, 256), ("sm_89", True, 128), ("gfx942", False, 128)],
+)
+def test_float32_that_does_not_fit_goes_elsewhere(target, both, most):
+    """Not to an error of the launch: `auto` then asks the next backend."""
+    for d in (most, most + 8):
+        x = torch.zeros(1, 1, 4, d)
+        problem = Forward(x, x, x, x, x, x, None, None, False, 1.0, x, x, x[..., 0], x[..., 0])
+        if both:
+            absent = [None] * 5
+            problem = Backward(*problem[:14], x, x, x, x, x, *absent)
+        with offline.gpu(target):
+            reason = attention_triton.refuses(problem)
+        if d == most:
+            assert reason is None
+        elif most == 256:
+            assert reason == f"it has head dimensions up to 256, not {d}"
+        else:
+            assert reason == f"it has head dimensions up to 128 in float32 on this GPU, not {d}"
+
+
 def test_products_in_float32_are_exact_unless_pytorch_is_told():
     x, before = torch.zeros(1, 1, 4, 16), torch.get_float32_matmul_precision()
     with offline.gpu("sm_80") as launches:
@@ -271,8 +294,9 @@ def test_every_family_has_a_row(dtype):
     for architecture in ("", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a"):
         for features in (1, 64, 72, 128, 256):
             for causal in (False, True):
-                row = triton_config.forward_row(architecture, dtype, features, causal)
-                assert row.most >= features
+                for masked in (False, True):
+                    row = triton_config.forward_row(architecture, dtype, features, causal, masked)
+                    assert row.most >= features
 
 
 @pytest.mark.parametrize(

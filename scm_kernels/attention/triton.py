@@ -24,9 +24,15 @@ def refuses(problem: Forward | Backward) -> str | None:
         return reason
     if q.dtype not in _DTYPES:
         return f"it has float32, bfloat16 and float16, not {q.dtype}"
-    widest = max(q.shape[3], v.shape[3])
-    if widest > MOST_FEATURES:
-        return f"it has head dimensions up to {MOST_FEATURES}, not {widest}"
+    widest, most, name = max(q.shape[3], v.shape[3]), MOST_FEATURES, ""
+    if q.dtype == torch.float32:
+        from scm_kernels.attention.triton_config import FLOAT_FEATURES, family
+
+        both = isinstance(problem, Backward) and problem.dt_out is not None
+        most = FLOAT_FEATURES.get(family(_triton.architecture(q.device)), (most, most))[both]
+        name = " in float32 on this GPU" if most < MOST_FEATURES else ""
+    if widest > most:
+        return f"it has head dimensions up to {most}{name}, not {widest}"
     return None
 
 

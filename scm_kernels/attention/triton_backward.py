@@ -398,7 +398,10 @@ def _pass(
         through = "both, dtq"
     architecture = _triton.architecture(p.q.device)
     masked = any(x is not None and x.shape[2] > 1 for x in (p.mask, p.tmask))
-    row = backward_row(architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked)
+    padded = p.mask is not None and not masked
+    row = backward_row(
+        architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked, padded
+    )
     meta = Meta(
         row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
     )
@@ -414,5 +417,5 @@ def _pass(
         sizes, counts = getattr(p, gradients[0]).shape, (b, h, row_tiles, key_tiles)
         programs = math.prod(map(min, sizes, counts))  # 1 where the mask is shared
         numbers = (b, *numbers)
-    launch = _triton.Launch(_KERNELS[kernel], programs, **row.options())
+    launch = _triton.Launch(_KERNELS[kernel], programs, **row.options(architecture))
     return _Pass(launch, of_tangents, gradients, (*numbers, meta))

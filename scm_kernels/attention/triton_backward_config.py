@@ -44,7 +44,7 @@ _HALF = {
     ),
     ("queries", "out"): (
         Row(96, 128, 32, 4, 2),  # 32 rows a warp: 216 at 64 and at 96 features
-        Row(128, 128, 64, 8, 2),  # 182
+        Row(128, 128, 16, 4, 3),  # the same with 16 keys: 208, where 64 keys of 8 warps give 182
         Row(256, 64, 32, 4, 2, widest=128),  # 91
     ),
     ("queries", "both"): (
@@ -59,18 +59,33 @@ _HALF = {
         Row(256, 16, 32, 8, 1, step=64),  # 51
     ),
     ("mask", "out"): (
-        Row(128, 64, 32, 4, 2),  # no sums of features: room for both operands
+        Row(64, 64, 32, 4, 2),  # no sums of features: room for both operands
+        Row(128, 64, 16, 4, 2),  # 32 keys would spill
         Row(256, 32, 32, 4, 1),
     ),
     ("mask", "both"): (
-        Row(64, 64, 32, 4, 2),
-        Row(128, 64, 16, 4, 1),
+        Row(64, 64, 16, 4, 2),
+        Row(128, 16, 32, 4, 2),  # four tensors of rows are loaded for each tile too: few rows. 66
         Row(256, 16, 16, 4, 1),
     ),
 }
 
 # What differs elsewhere, by `triton_config.family`.
 _ELSEWHERE = {
+    "hopper": {  # operands in shared memory, and registers for their addresses
+        ("keys", "out"): (
+            Row(112, 32, 64, 4, 3),
+            Row(128, 32, 64, 4, 2),
+            _HALF["keys", "out"][-1],
+        ),
+        ("keys", "both"): _HALF["keys", "both"][2:],
+        ("queries", "out"): (
+            Row(80, 128, 32, 4, 2),
+            Row(128, 128, 64, 8, 2),
+            _HALF["queries", "out"][-1],
+        ),
+        ("queries", "both"): _HALF["queries", "both"][1:],
+    },
     "small": {  # the same as far as 99 KiB hold it
         ("keys", "out"): (*_HALF["keys", "out"][:2], Row(256, 32, 16, 4, 2, step=64)),
         ("keys", "both"): (
@@ -94,24 +109,50 @@ _ELSEWHERE = {
     },
 }
 
+# Under a mask that all rows share, whose tile takes some registers too: on an A100, where the rows
+# above would spill.
+_PADDED = {
+    ("keys", "out"): (
+        Row(80, 32, 64, 4, 3),  # 147
+        Row(112, 16, 64, 4, 3),  # 146 at 96 features
+        Row(128, 128, 64, 8, 1),  # 122, where 64 rows in flight give 103
+        _HALF["keys", "out"][-1],
+    ),
+    ("keys", "both"): (
+        Row(80, 16, 64, 4, 3),
+        Row(112, 16, 128, 8, 2, step=32),
+        *_HALF["keys", "both"][3:],
+    ),
+    ("queries", "out"): (
+        Row(80, 128, 32, 4, 2),
+        *_HALF["queries", "out"][1:],
+    ),
+}
+
 # Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
 # registers and the shared memory of half of the others.
 _MASKED = {
     ("keys", "out"): (
-        Row(128, 16, 64, 4, 3),
+        Row(80, 16, 64, 4, 3),
+        Row(128, 16, 64, 4, 3, step=64),  # several parts of features would spill
         Row(256, 32, 16, 4, 2, step=64),
     ),
     ("keys", "both"): (
-        Row(80, 16, 64, 4, 3),
+        Row(64, 32, 32, 4, 2),  # 100
         Row(128, 32, 16, 4, 2, step=32),
         Row(256, 16, 16, 4, 1, step=64),
     ),
     ("queries", "out"): (
+        Row(64, 64, 32, 4, 3),
+        Row(112, 64, 16, 4, 3),  # several parts of features take more addresses
         Row(128, 64, 32, 4, 3),
         Row(256, 32, 32, 4, 2),
     ),
     ("queries", "both"): _LITTLE_ROOM,
-    ("queries", "both, dtq"): _LITTLE_ROOM,
+    ("queries", "both, dtq"): (Row(64, 32, 32, 4, 2), *_LITTLE_ROOM[1:]),  # 113
+}
+_MASKED_HOPPER = {
+    ("queries", "both, dtq"): (Row(64, 64, 16, 4, 3), *_LITTLE_ROOM[1:]),
 }
 
 # In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
@@ -156,16 +197,21 @@ def backward_row(
     features: int,
     causal: bool,
     masked: bool,
+    padded: bool,
 ) -> Row:
     """The row of the table; `features` is the larger of the head dimensions, `masked` says whether
-    there is a mask with more than one row."""
-    gpu = family(architecture)
+    there is a mask with more than one row, `padded` whether there is one with one row."""
+    gpu, kind = family(architecture), (kernel, through)
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
-        table = _FLOAT[kernel, through]
-    elif masked and (kernel, through) in _MASKED:
-        table = _MASKED[kernel, through]
+        tables = [_FLOAT]
+    elif masked:
+        tables = [_MASKED_HOPPER] if gpu == "hopper" else []
+        tables += [_MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
+    elif padded and gpu == "large":
+        tables = [_PADDED, _HALF]
     else:
-        table = _ELSEWHERE.get(gpu, _HALF).get((kernel, through)) or _HALF[kernel, through]
+        tables = [_ELSEWHERE.get(gpu, {}), _HALF]
+    table = next(t[kind] for t in tables if kind in t)
     return next(r for r in table if features <= r.most and r.causal in (None, causal))

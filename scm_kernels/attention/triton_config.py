@@ -43,7 +43,6 @@ class Row:
     widest_e: int = 256  # the forward: of those of the values
     rest: int = 16  # the forward: keys of a tile at the end or on the diagonal
     padding: int = 32  # the forward: keys of a tile under a mask that all rows share
-    masked: int = 16  # the forward: keys of a tile under any other mask
     causal: bool | None = None  # for causal problems alone, for others alone, or for all
     maxnreg: int | None = None  # where ptxas would otherwise give up, at 32 registers
 
@@ -52,17 +51,20 @@ class Row:
         rounded = -(-width // self.step) * self.step
         return Features(width, parts(rounded, widest or self.widest))
 
-    def options(self) -> dict[str, int]:
+    def options(self, architecture: str) -> dict[str, int]:
         """What Triton's compiler is told."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+        if self.maxnreg is not None and architecture.startswith("sm_"):  # others do not know it
+            options["maxnreg"] = self.maxnreg
+        return options
 
 
 def family(architecture: str) -> str:
     """The GPUs that share a table: by shared memory, and by where accumulators are.
 
-    "large": 163 KiB a block and more, accumulators in registers (A100, H100); "small": 99 KiB
-    (GeForce, L40S); "tensor memory": accumulators are there (B200); "amd": 64 KiB; "interpreter".
+    "large": 163 KiB a block, accumulators in registers (A100); "hopper": operands of products in
+    shared memory (H100); "small": 99 KiB (GeForce, L40S); "tensor memory": accumulators are there
+    (B200); "amd": 64 KiB; "interpreter".
     """
     if not architecture:
         return "interpreter"
@@ -71,7 +73,9 @@ def family(architecture: str) -> str:
     number = int(architecture.removeprefix("sm_"))
     if number in (86, 89) or number >= 120:
         return "small"
-    return "tensor memory" if number >= 100 else "large"
+    if number >= 100:
+        return "tensor memory"
+    return "hopper" if number >= 90 else "large"
 
 
 # The forward in float16 and bfloat16, by family.
@@ -87,8 +91,13 @@ _HALF = {
         Row(96, 128, 32, 8, 3, widest=32, widest_e=64),
         Row(112, 128, 32, 8, 3, widest=16, widest_e=32, rest=32, causal=False),
         Row(112, 128, 32, 8, 3, widest=16, widest_e=16),
-        Row(128, 128, 32, 8, 3, widest=32, widest_e=64),
+        Row(128, 128, 32, 8, 3, widest=32, widest_e=64, padding=16),  # or it spills
         # Accumulators of 64 rows alone would take all registers of four warps.
+        Row(256, 32, 32, 4, 2, widest=64, widest_e=64),
+    ),
+    "hopper": (  # fewer parts: operands stay in shared memory
+        Row(80, 64, 64, 4, 2, widest=64, widest_e=64),
+        Row(128, 128, 32, 8, 3, widest=64, widest_e=64),
         Row(256, 32, 32, 4, 2, widest=64, widest_e=64),
     ),
     "small": (
@@ -108,20 +117,48 @@ _HALF = {
         Row(256, 32, 16, 4, 1),
     ),
 }
+# Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
+# registers of half of the others. All keys are in tiles of block_n. Speeds with a tangent of it.
+_MASKED = (
+    Row(64, 64, 32, 4, 2, widest=32, widest_e=64),  # 111, where 16 keys give 92
+    Row(80, 64, 16, 4, 2, widest=64, widest_e=32),  # 97
+    # Loads that run ahead would spill; two blocks take turns instead. 112: 118, 128: 114.
+    Row(128, 64, 16, 4, 1, widest=32, widest_e=64),
+    Row(256, 32, 16, 4, 2, widest=64, widest_e=64),
+)
+_MASKED_HOPPER = (
+    *_MASKED[:2],
+    Row(128, 128, 16, 8, 3, widest=64, widest_e=64),  # room for loads that run ahead
+    *_MASKED[3:],
+)
 # In float32: exact products on ordinary cores, whose operands stay in registers.
 _FLOAT = (
     Row(64, 32, 32, 4, 2, widest=16, widest_e=16),
     Row(128, 32, 16, 4, 2, widest=16, widest_e=16),
     Row(256, 16, 16, 4, 2, widest=16, widest_e=16),  # 96 KiB of shared memory
 )
+_FLOAT_MASKED = (
+    Row(64, 32, 16, 4, 2, widest=16, widest_e=16),
+    *_FLOAT[1:],
+)
+# Head dimensions up to which they fit a block's shared memory, where not all do: in the forward and
+# the gradient through out, and in that through both outputs.
+FLOAT_FEATURES = {"small": (256, 128), "amd": (128, 128)}
 # Where an operation costs the same whatever its size.
-INTERPRETER = Row(256, 64, 64, 4, 1, rest=64, padding=64, masked=64)
+INTERPRETER = Row(256, 64, 64, 4, 1, rest=64, padding=64)
 
 
 @cache
-def forward_row(architecture: str, dtype: torch.dtype, features: int, causal: bool) -> Row:
-    """The row of the table; `features` is the larger of the head dimensions."""
-    if family(architecture) == "interpreter":
+def forward_row(
+    architecture: str, dtype: torch.dtype, features: int, causal: bool, masked: bool
+) -> Row:
+    """The row of the table; `features` is the larger of the head dimensions, `masked` says whether
+    there is a mask with more than one row."""
+    gpu = family(architecture)
+    if gpu == "interpreter":
         return INTERPRETER
-    table = _FLOAT if dtype == torch.float32 else _HALF[family(architecture)]
+    if dtype == torch.float32:
+        table = _FLOAT_MASKED if masked else _FLOAT
+    else:
+        table = (_MASKED_HOPPER if gpu == "hopper" else _MASKED) if masked else _HALF[gpu]
     return next(r for r in table if features <= r.most and r.causal in (None, causal))

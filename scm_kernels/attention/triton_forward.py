@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from scm_kernels import _triton
 from scm_kernels.attention import triton_tiles as tiles
@@ -342,7 +341,9 @@ def plan_attention_forward(problem: Forward, precision: str) -> Callable[[Forwar
 def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None], tuple]:
     """The launch, the strides of the tensors, and the arguments that are no tensors."""
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
-    row = forward_row(_triton.architecture(p.q.device), p.q.dtype, max(d, e), p.causal)
+    masked = any(x is not None and x.shape[2] > 1 for x in (p.mask, p.tmask))
+    architecture = _triton.architecture(p.q.device)
+    row = forward_row(architecture, p.q.dtype, max(d, e), p.causal, masked)
     tensors = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)
     vec = _triton.vector(*tensors[:6], *tensors[8:])
     strides = [_triton.strides(x, vec) for x in tensors]
@@ -355,7 +356,7 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
         precision,
         row.block_m,
         row.block_n,
-        _bounded_tile(row, p.mask, p.tmask),
+        _bounded_tile(row, p.mask is not None, masked),
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
@@ -366,13 +367,12 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
         unit = scale if p.q.dtype == torch.float32 else scale / scale2
     numbers = m, n, h, h // hk, scale, scale2, unit, meta
     programs = triton.cdiv(m, row.block_m) * b * h
-    launch = _triton.Launch(attention_forward_kernel, programs, **row.options())
+    launch = _triton.Launch(attention_forward_kernel, programs, **row.options(architecture))
     return launch, strides, numbers
 
 
-def _bounded_tile(row: Row, mask: Tensor | None, tmask: Tensor | None) -> int:
+def _bounded_tile(row: Row, mask: bool, masked: bool) -> int:
     """Keys of a tile at the end, on the diagonal, or, which they then all are, under a mask."""
-    if mask is None:
-        return row.rest
-    shared = all(x is None or x.shape[2] == 1 for x in (mask, tmask))
-    return row.padding if shared else row.masked
+    if masked:
+        return row.block_n
+    return row.padding if mask else row.rest
