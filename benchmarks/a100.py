@@ -42,6 +42,16 @@ PASSES = {
     "backward, out": (5, (True, False), "qkv"),
     "backward, both": (12, (True, True), "qkv"),
     "backward, both, six": (15, (True, True), "qkvabc"),
+    "backward, out, mask": (3, (True, False), "m"),
+    "backward, both, mask": (10, (True, True), "m"),
+}
+_ROWS, _SHARED = (1, 1, LENGTH, LENGTH), (1, 1, 1, LENGTH)
+MASKS = {  # their shapes, and dtypes where these are not that of q
+    "": {},
+    "padding": {"attn_mask": (_SHARED, torch.bool)},
+    "rows": {"attn_mask": (_ROWS, torch.bool)},
+    "bias": {"attn_mask": (_ROWS, None)},
+    "bias and tangent": {"attn_mask": (_ROWS, None), "t_attn_mask": (_ROWS, None)},
 }
 TANGENTS = {  # of a pass that has not all of them
     "forward, tq tk": "qk",
@@ -68,6 +78,7 @@ class Problem:
     d: int
     causal: bool = False
     backend: str = "triton"
+    mask: str = ""  # one of MASKS
 
     def launches(self, target: str = "sm_80") -> list[offline.Launch] | list[offline_cuda.Launch]:
         """The kernels of this pass, compiled for the target."""
@@ -78,12 +89,16 @@ class Problem:
             *x[:3],
             *(y if c in tangents else None for y, c in zip(x[3:], "qkv", strict=True)),
         ]
+        masks = {
+            name: torch.empty(shape, dtype=dtype or self.dtype, requires_grad="m" in wanted)
+            for name, (shape, dtype) in MASKS[self.mask].items()
+        }
         with offline_cuda.gpu() if self.backend == "cuda" else offline.gpu(target) as launches:
-            outputs = scm_kernels.attention_jvp(*inputs, is_causal=self.causal)
+            outputs = scm_kernels.attention_jvp(*inputs, **masks, is_causal=self.causal)
             if cotangents is not None:
                 launches.clear()
                 used = [y for y, use in zip(outputs, cotangents, strict=True) if use]
-                leaves = [y for y in x if y.requires_grad]
+                leaves = [y for y in (*x, *masks.values()) if y.requires_grad]
                 torch.autograd.grad(used, leaves, [torch.zeros_like(y) for y in used])
         return launches
 
@@ -94,7 +109,7 @@ def problems(dtypes: list[torch.dtype]) -> list[Problem]:
         Problem(name, dtype, d, causal)
         for dtype in dtypes
         for name in PASSES
-        if name not in TANGENTS
+        if name not in TANGENTS and "mask" not in name
         for d in HEAD_DIMS
         for causal in (False, True)
     ]

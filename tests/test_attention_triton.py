@@ -118,25 +118,48 @@ def test_one_variant_serves_all_lengths_and_strides():
 def resources(job) -> list[tuple]:
     """(name, bytes of local memory, of shared memory) of a problem's kernels."""
     problem, target = job
-    launches = problem.launches(target)
-    return [(x.name, x.spilled() if target == "sm_80" else None, x.shared) for x in launches]
+    return [(x.name, x.spilled(), x.shared) for x in problem.launches(target)]
 
 
-SPILLS = [
-    *(p for p in a100.problems([BF16, F16]) if p.name == "forward"),
-    *(
-        p
-        for p in a100.problems([BF16])
-        if p.name in ("backward, out", "backward, both") and not p.causal
-    ),
-    *(a100.Problem("backward, both, six", F16, d) for d in (64, 128)),
+def every_problem(dtype: torch.dtype) -> list:
+    """All that choose a row of the tables up to 128 features."""
+    names = ("forward", "backward, out", "backward, both", "backward, both, six")
+    of_masks = {
+        "bias": ("backward, out, mask", "backward, both, mask"),
+        "bias and tangent": ("backward, both, mask",),
+    }
+    return [
+        a100.Problem(name, dtype, d, causal, mask=mask)
+        for mask in a100.MASKS
+        for name in (*names, *of_masks.get(mask, ()))
+        for d in a100.HEAD_DIMS
+        for causal in ((False,) if mask else (False, True))
+    ]
+
+
+# A minute's worth of them. EVERY_KERNEL=1 takes them all, which is half an hour.
+MASKED = [
+    a100.Problem(name, BF16, d, mask=mask)
+    for name in ("forward", "backward, out", "backward, both")
+    for d, mask in ((64, "rows"), (128, "bias and tangent"))
 ]
+CHOSEN = {
+    ("sm_80", BF16): [
+        *(p for p in a100.problems([BF16]) if p.name == "forward" or not p.causal),
+        *MASKED,
+    ],
+    ("sm_80", F16): [p for p in a100.problems([F16]) if p.name == "forward"],
+    ("sm_90", BF16): [p for p in a100.problems([BF16]) if p.d in (64, 128) and not p.causal],
+}
 
 
 @slow
-def test_nothing_spills_in_half_precision():
-    """Rows of the tables up to 128 features, on the GPU that they were made for."""
-    jobs = [(problem, "sm_80") for problem in SPILLS]
+@pytest.mark.parametrize(("target", "dtype"), CHOSEN)
+def test_nothing_spills_in_half_precision(target, dtype):
+    """And everything fits the target's shared memory, or a launch would raise."""
+    every = os.environ.get("EVERY_KERNEL") == "1"
+    problems = every_problem(dtype) if every else CHOSEN[target, dtype]
+    jobs = [(problem, target) for problem in problems]
     spilled = [
         f"{problem}: {name} has {local} bytes of local memory"
         for (problem, _), kernels in zip(jobs, _in_processes(jobs), strict=True)
@@ -147,11 +170,12 @@ def test_nothing_spills_in_half_precision():
 
 
 @slow
-@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_89", "sm_100", "gfx942"])
 def test_compiles_for(target):
     """Within the shared memory of the target, or the launch would raise."""
     names = (("forward", 64), ("forward", 128), ("backward, both", 64), ("backward, out", 128))
     jobs = [(a100.Problem(name, BF16, d), target) for name, d in names]
+    jobs.append((a100.Problem("forward", BF16, 128, mask="bias and tangent"), target))
     assert all(len(kernels) > 0 for kernels in _in_processes(jobs))
 
 

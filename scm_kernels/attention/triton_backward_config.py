@@ -102,8 +102,15 @@ _ELSEWHERE = {
         ("queries", "both, dtq"): _LITTLE_ROOM,
     },
     "tensor memory": {  # 512 columns of it hold the sums and scores of 64 keys, not those of 128
+        ("keys", "out"): (
+            _HALF["keys", "out"][0],
+            Row(80, 32, 64, 4, 2),
+            *_HALF["keys", "out"][1:],
+        ),
         ("keys", "both"): (
-            Row(128, 16, 64, 4, 2, step=32),
+            Row(64, 16, 64, 4, 2, step=32),
+            Row(96, 16, 32, 4, 2, step=32),  # with two parts of features 64 keys would spill
+            Row(128, 16, 64, 8, 2, step=32),
             Row(256, 32, 16, 4, 1, step=64, widest=128),
         ),
     },

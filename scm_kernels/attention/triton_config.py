@@ -120,7 +120,7 @@ _HALF = {
 # Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
 # registers of half of the others. All keys are in tiles of block_n. Speeds with a tangent of it.
 _MASKED = (
-    Row(64, 64, 32, 4, 2, widest=32, widest_e=64),  # 111, where 16 keys give 92
+    Row(64, 64, 32, 4, 2, widest=32, widest_e=32),  # 114, where 16 keys give 92
     Row(80, 64, 16, 4, 2, widest=64, widest_e=32),  # 97
     # Loads that run ahead would spill; two blocks take turns instead. 112: 118, 128: 114.
     Row(128, 64, 16, 4, 1, widest=32, widest_e=64),
