@@ -1,5 +1,8 @@
 """What is decided once for calls of one kind holds for all of them, and for no others."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -161,3 +164,19 @@ def test_transforms_after_a_plain_call():
         torch.testing.assert_close(one, other.squeeze(1))
     subclassed = attention_jvp(*(torch.nn.Parameter(y) for y in x))
     assert torch.equal(plain[0], subclassed[0])
+
+
+def test_plans_keep_no_tensor():
+    """Nor do the calls whose kinds they are of: of attention, its gradient, and the tangent."""
+    offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
+    x = [y.requires_grad_() for y in tensors(1, 2, 16, 64, dtype=torch.bfloat16)]
+    f = [torch.randn(2, 64) for _ in range(4)]
+    with offline.gpu("sm_80", record=False):
+        for _ in range(2):
+            outputs = attention_jvp(*x)
+            gradients = torch.autograd.grad(outputs, x, [torch.zeros_like(y) for y in outputs])
+            tangent = scm_kernels.normalized_tangent(*f, torch.rand(2))
+    alive = [weakref.ref(y) for y in (*x, *f, *outputs, *gradients, tangent)]
+    del x, f, outputs, gradients, tangent
+    gc.collect()
+    assert [y() for y in alive] == [None] * len(alive)
