@@ -85,11 +85,12 @@ class Launch:
     which takes longer than the launch; from its second call on this takes the variant of the first.
     """
 
-    __slots__ = ("again", "kernel", "options", "programs")
+    __slots__ = ("again", "constants", "kernel", "options", "programs")
 
     def __init__(self, kernel, programs: int, **options):
         self.kernel, self.programs, self.options = kernel, programs, options
         self.again = None
+        self.constants = ()  # those of the kernel's arguments that are among the options
 
     @property
     def known(self) -> bool:
@@ -107,10 +108,12 @@ class Launch:
 
     def _run(self, args: tuple) -> None:
         if self.again is not None:
-            self.again(*args)
+            self.again(*args, *self.constants)
             return
         compiled = self.kernel[(self.programs,)](*args, **self.options)
         if compiled is not None:  # not interpreted
+            rest = self.kernel.arg_names[len(args) :]
+            self.constants = tuple(self.options[name] for name in rest)
             self.again = compiled[(self.programs, 1, 1)]
 
 

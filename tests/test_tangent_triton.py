@@ -230,3 +230,23 @@ def test_what_is_refused():
         ):
             with pytest.raises(NotImplementedError, match=message):
                 ops.tangent_norm(*wrong, "triton")
+
+
+@ptx
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5000), (1, 70001)], ids=str)
+def test_a_second_launch_is_like_the_first(launches, shape):
+    """It goes to the compiled kernel at once, with every argument that it has."""
+    inputs, coefficients = shared.make(shape)
+    steps = {
+        "tangent_norm": (),
+        "tangent_apply": (),
+        "tangent_normalize": (0.1, False, False),
+    }
+    for step, options in steps.items():
+        run = getattr(ops, step)
+        first = run(*inputs, coefficients, *options, "triton")
+        count = len(launches)
+        assert torch.equal(first, run(*inputs, coefficients, *options, "triton")), step
+        assert len(launches) == count + len({x.name for x in launches[:count]})
+        assert launches[0].grid == launches[count].grid
+        launches.clear()
