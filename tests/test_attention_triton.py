@@ -17,7 +17,7 @@ import torch
 from attention_cases import Case, draw
 
 import scm_kernels
-from scm_kernels import _triton, attention_jvp
+from scm_kernels import _backends, _triton, attention_jvp
 from scm_kernels.attention import torch_flash, triton_config
 from scm_kernels.attention import triton as attention_triton
 from scm_kernels.attention.problem import Backward, Forward
@@ -110,6 +110,27 @@ def test_one_variant_serves_all_lengths_and_strides():
                 attention_jvp(q, k, k, q, k, k)
     assert len(launches) == 8
     assert len({launch.metadata.hash for launch in launches}) == 1
+
+
+@ptx
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_second_launch_is_like_the_first(launches, masked):
+    """It goes to the compiled kernel at once: with the numbers of its own call."""
+
+    def call(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        x = [torch.randn(1, 2, 40, 64, dtype=BF16, requires_grad=True) for _ in range(6)]
+        mask = {"attn_mask": torch.randn(1, 1, 40, 40, dtype=BF16)} if masked else {}
+        outputs = attention_jvp(*x, **mask)
+        cotangents = [torch.randn_like(y) for y in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, x, cotangents)]
+
+    first = call(0)
+    again = call(1)
+    _backends.forget()
+    for actual, expected in zip(again, call(1), strict=True):
+        assert torch.equal(actual, expected)
+    assert not any(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 # --- compiled -------------------------------------------------------------------------------------
