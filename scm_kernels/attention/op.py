@@ -155,14 +155,12 @@ def attention_jvp(
 
 def has_tangent(x: object) -> bool:
     """Whether x is a dual tensor at the current level."""
-    return isinstance(x, Tensor) and _unpack(x)[1] is not None
+    return _unpack(x)[1] is not None
 
 
 def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """`unpack` at the front door, where transforms may meet."""
-    if not isinstance(x, Tensor):  # None, or what the checks will refuse
-        return x, None
-    if not torch.compiler.is_compiling() and _is_batched_here(x):
+    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_batched_here(x):
         raise NotImplementedError(
             "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
             "take vmap(jvp(f)), or give the batch to the op as a dimension"

@@ -397,7 +397,7 @@ def _pass(
     if through == "both" and "dtq" in gradients and p.dtq is not None:
         through = "both, dtq"
     architecture = _triton.architecture(p.q.device)
-    masked = any(x is not None and x.shape[2] > 1 for x in (p.mask, p.tmask))
+    masked = tiles.differs_by_row(p.mask, p.tmask)
     padded = p.mask is not None and not masked
     row = backward_row(
         architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked, padded

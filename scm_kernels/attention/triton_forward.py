@@ -341,7 +341,7 @@ def plan_attention_forward(problem: Forward, precision: str) -> Callable[[Forwar
 def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None], tuple]:
     """The launch, the strides of the tensors, and the arguments that are no tensors."""
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
-    masked = any(x is not None and x.shape[2] > 1 for x in (p.mask, p.tmask))
+    masked = tiles.differs_by_row(p.mask, p.tmask)
     architecture = _triton.architecture(p.q.device)
     row = forward_row(architecture, p.q.dtype, max(d, e), p.causal, masked)
     tensors = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)

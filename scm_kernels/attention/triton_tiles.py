@@ -39,6 +39,11 @@ def mask_strides(x: Tensor | None) -> tuple[int | None, ...] | None:
     return tuple(None if n == 1 else coded(s) for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def differs_by_row(*masks: Tensor | None) -> bool:
+    """Whether one of the masks that there are has more than one row."""
+    return any(x is not None and x.shape[2] > 1 for x in masks)
+
+
 # --- loads and stores
 
 
