@@ -47,7 +47,7 @@ def plan_forward(problem: Forward) -> Callable[[Forward], None]:
 @_triton.without_bfloat16("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
 def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """The closed form, in a pass for each kind of gradient."""
-    from scm_kernels.attention.triton_backward import plan_attention_backward
+    from scm_kernels.attention.triton_backward_plan import plan_attention_backward
 
     return _by_precision(plan_attention_backward, problem)
 

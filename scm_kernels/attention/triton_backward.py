@@ -11,25 +11,14 @@ are computed again by each kernel that asks for them.
 tO depends on the tangents as O would on q, k, v: their gradients are the ordinary ones for dtO in
 place of dO and beta in place of delta. So dtk, dtv and dtmask are a pass of the same kernels, with
 four products a tile, where two more sums beside dk and dv would not fit into the registers. The
-mathematics is in `triton_gradients.py`.
+mathematics is in `triton_gradients.py`, the launches are in `triton_backward_plan.py`.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from scm_kernels import _triton
 from scm_kernels.attention import triton_gradients as gradients
 from scm_kernels.attention import triton_tiles as tiles
-from scm_kernels.attention.problem import Backward
-from scm_kernels.attention.triton_backward_config import PADDING, backward_row
-from scm_kernels.attention.triton_gradients import Meta, Operands
-from scm_kernels.attention.triton_tiles import View, mask_strides
 
 
 @triton.jit
@@ -294,128 +283,3 @@ def attention_backward_mask_kernel(x, dmask, B, M, N, H, GROUP, scale, META: tl.
         total += g_s
     row, key = first_row * META.BLOCK_M, first_key * META.BLOCK_N
     _store_mask(dmask, total, first_batch, first_head, row, key, M, N, META)
-
-
-# --- host
-
-_KERNELS = {
-    "rows": attention_backward_rows_kernel,
-    "keys": attention_backward_keys_kernel,
-    "queries": attention_backward_queries_kernel,
-    "mask": attention_backward_mask_kernel,
-}
-_READ = ("q", "k", "v", "tq", "tk", "tv", "dout", "dt_out", "out", "t_out")
-_WRITTEN = ("dq", "dk", "dv", "dtq", "dtk", "dtv")
-_MASKS = ("mask", "tmask", "dmask", "dtmask")
-
-
-def plan_attention_backward(problem: Backward, precision: str) -> Callable[[Backward], None]:
-    """What writes the gradients that are wanted; `precision` is that of products in float32."""
-    return _Plan(problem, precision).run
-
-
-def _rowwise(x: Tensor | None) -> Tensor | None:
-    """A gradient, or what is copied to it if its last dimension is not contiguous."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One launch of a kernel."""
-
-    launch: _triton.Launch
-    of_tangents: bool  # the ordinary gradients, with dtO in place of dO
-    gradients: tuple[str, ...]
-    numbers: tuple  # the arguments that are no tensors
-
-
-class _Plan:
-    """How problems of one kind are launched."""
-
-    def __init__(self, p: Backward, precision: str):
-        tensors = {name: getattr(p, name) for name in _READ}
-        tensors |= {name: _rowwise(getattr(p, name)) for name in _WRITTEN}
-        vec = _triton.vector(*tensors.values())
-        self.strides = {name: _triton.strides(x, vec) for name, x in tensors.items()}
-        self.strides |= {name: mask_strides(getattr(p, name)) for name in _MASKS}
-        self.padded = triton.cdiv(p.q.shape[2], PADDING) * PADDING
-        self.rows = _pass("rows", False, (), p, precision, vec)
-        self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p)]
-
-    def run(self, p: Backward) -> None:
-        tensors = {name: getattr(p, name) for name in (*_READ, *_MASKS)}
-        tensors |= {name: _rowwise(getattr(p, name)) for name in _WRITTEN}
-        views = {
-            name: None if x is None else View(x, self.strides[name]) for name, x in tensors.items()
-        }
-        scratch = p.lse.new_empty(2 if p.dt_out is None else 4, *p.lse.shape[:2], self.padded)
-        lse, delta, mu, beta = (*scratch, None, None)[:4]
-        vectors = self.padded, lse, delta, mu, beta
-        x = Operands(*(views[name] for name in Operands._fields[: -len(vectors)]), *vectors)
-        of_tangents = Operands(
-            *(x.q, x.k, x.v, None, None, None, x.mask, None, x.dt_out, None),
-            *(self.padded, lse, beta, None, None),
-        )
-        out = views["out"], views["t_out"], p.lse, p.mu
-        self.rows.launch(p.q, x, *out, *self.rows.numbers)
-        for one in self.passes:
-            gradients = (views.get(name) for name in one.gradients)
-            one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
-        for name in _WRITTEN:
-            if tensors[name] is not getattr(p, name):
-                getattr(p, name).copy_(tensors[name])
-
-
-def _kinds(p: Backward) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
-    """(kernel, of_tangents, gradients) of the passes for all gradients that are wanted."""
-    if p.dk is not None or p.dv is not None:
-        yield "keys", False, ("dk", "dv")
-    if p.dtk is not None or p.dtv is not None:
-        yield "keys", True, ("dtk", "dtv")
-    if p.dq is not None:
-        yield "queries", False, ("dq", "dtq")  # where dtq costs one product
-    elif p.dtq is not None:
-        yield "queries", True, ("dtq", "")
-    if p.dmask is not None:
-        yield "mask", False, ("dmask",)
-    if p.dtmask is not None:
-        yield "mask", True, ("dtmask",)
-
-
-def _pass(
-    kernel: str,
-    of_tangents: bool,
-    gradients: tuple[str, ...],
-    p: Backward,
-    precision: str,
-    vec: int,
-) -> _Pass:
-    (b, h, m, d), (hk, n, e) = p.q.shape, p.v.shape[1:]
-    through = "out" if p.dt_out is None or of_tangents else "both"
-    if through == "both" and "dtq" in gradients and p.dtq is not None:
-        through = "both, dtq"
-    architecture = _triton.architecture(p.q.device)
-    masked = tiles.differs_by_row(p.mask, p.tmask)
-    padded = p.mask is not None and not masked
-    row = backward_row(
-        architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked, padded
-    )
-    meta = Meta(
-        row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
-    )
-    row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
-    numbers = m, n, h, h // hk, p.scale
-    if kernel == "rows":
-        programs, numbers = b * h * triton.cdiv(m, PADDING) * (PADDING // row.block_m), (m, h)
-    elif kernel == "keys":
-        programs = b * hk * key_tiles
-    elif kernel == "queries":
-        programs = b * h * row_tiles
-    else:
-        sizes, counts = getattr(p, gradients[0]).shape, (b, h, row_tiles, key_tiles)
-        programs = math.prod(map(min, sizes, counts))  # 1 where the mask is shared
-        numbers = (b, *numbers)
-    launch = _triton.Launch(_KERNELS[kernel], programs, **row.options(architecture))
-    return _Pass(launch, of_tangents, gradients, (*numbers, meta))

@@ -1,0 +1,155 @@
+"""How the kernels of `triton_backward.py` are launched: a pass for each kind of gradient."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from scm_kernels import _triton
+from scm_kernels.attention import triton_backward as kernels
+from scm_kernels.attention import triton_tiles as tiles
+from scm_kernels.attention.problem import Backward
+from scm_kernels.attention.triton_backward_config import PADDING, backward_row
+from scm_kernels.attention.triton_gradients import Meta, Operands
+from scm_kernels.attention.triton_tiles import View, mask_strides
+
+_KERNELS = {
+    "rows": kernels.attention_backward_rows_kernel,
+    "keys": kernels.attention_backward_keys_kernel,
+    "queries": kernels.attention_backward_queries_kernel,
+    "mask": kernels.attention_backward_mask_kernel,
+}
+# The tensors of a problem in the order of `_tensors`; the first ten are those of `Operands`.
+_NAMES = (
+    *("q", "k", "v", "tq", "tk", "tv", "mask", "tmask", "dout", "dt_out", "out", "t_out"),
+    *("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask"),
+)
+_MASKS = ("mask", "tmask", "dmask", "dtmask")
+
+
+def plan_attention_backward(problem: Backward, precision: str) -> Callable[[Backward], None]:
+    """What writes the gradients that are wanted; `precision` is that of products in float32."""
+    return _Plan(problem, precision).run
+
+
+def _tensors(p: Backward) -> list[Tensor | None]:
+    q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, _, _, dout, dt_out, *gradients = p
+    return [q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, out, t_out, *gradients]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One launch of a kernel."""
+
+    launch: _triton.Launch
+    of_tangents: bool  # the ordinary gradients, with dtO in place of dO
+    gradients: tuple[int | None, ...]  # where they are among the tensors
+    numbers: tuple  # the arguments that are no tensors
+
+
+class _Plan:
+    """How problems of one kind are launched."""
+
+    def __init__(self, p: Backward, precision: str):
+        tensors = _tensors(p)
+        self.copied = []  # gradients whose last dimension is not contiguous, by way of one that is
+        for i, (name, x) in enumerate(zip(_NAMES, tensors, strict=True)):
+            if x is not None and name not in _MASKS and x.stride(-1) != 1 != x.shape[-1]:
+                self.copied.append(i)
+                tensors[i] = _contiguous(x)
+        masks = [name in _MASKS for name in _NAMES]
+        vec = _triton.vector(*(x for x, mask in zip(tensors, masks, strict=True) if not mask))
+        self.strides = [
+            mask_strides(x) if mask else _triton.strides(x, vec)
+            for x, mask in zip(tensors, masks, strict=True)
+        ]
+        self.absent = [i for i, x in enumerate(tensors) if x is None]
+        self.scratch = (2 if p.dt_out is None else 4, *p.lse.shape[:2])
+        self.padded = triton.cdiv(p.q.shape[2], PADDING) * PADDING
+        self.rows = _pass("rows", False, (), p, precision, vec)
+        self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p)]
+        self.launches = [one.launch for one in (self.rows, *self.passes)]
+
+    def run(self, p: Backward) -> None:
+        tensors = _tensors(p)
+        for i in self.copied:
+            tensors[i] = _contiguous(tensors[i])
+        views = list(zip(tensors, self.strides, strict=True))
+        if not all(launch.known for launch in self.launches):  # what Triton compiles has names
+            views = [View(*x) for x in views]
+        for i in self.absent:
+            views[i] = None
+        scratch = p.lse.new_empty(*self.scratch, self.padded).unbind()
+        lse, delta, mu, beta = scratch if len(scratch) == 4 else (*scratch, None, None)
+        x = Operands(*views[:10], self.padded, lse, delta, mu, beta)
+        of_tangents = Operands(
+            *(*views[:3], None, None, None, views[6], None, views[9], None),
+            *(self.padded, lse, beta, None, None),
+        )
+        self.rows.launch(p.q, x, *views[10:12], p.lse, p.mu, *self.rows.numbers)
+        for one in self.passes:
+            gradients = (None if i is None else views[i] for i in one.gradients)
+            one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
+        for i in self.copied:
+            getattr(p, _NAMES[i]).copy_(tensors[i])
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _kinds(p: Backward) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+    """(kernel, of_tangents, gradients) of the passes for all gradients that are wanted."""
+    if p.dk is not None or p.dv is not None:
+        yield "keys", False, ("dk", "dv")
+    if p.dtk is not None or p.dtv is not None:
+        yield "keys", True, ("dtk", "dtv")
+    if p.dq is not None:
+        yield "queries", False, ("dq", "dtq")  # where dtq costs one product
+    elif p.dtq is not None:
+        yield "queries", True, ("dtq", "")
+    if p.dmask is not None:
+        yield "mask", False, ("dmask",)
+    if p.dtmask is not None:
+        yield "mask", True, ("dtmask",)
+
+
+def _pass(
+    kernel: str,
+    of_tangents: bool,
+    gradients: tuple[str, ...],
+    p: Backward,
+    precision: str,
+    vec: int,
+) -> _Pass:
+    (b, h, m, d), (hk, n, e) = p.q.shape, p.v.shape[1:]
+    through = "out" if p.dt_out is None or of_tangents else "both"
+    if through == "both" and "dtq" in gradients and p.dtq is not None:
+        through = "both, dtq"
+    architecture = _triton.architecture(p.q.device)
+    masked = tiles.differs_by_row(p.mask, p.tmask)
+    padded = p.mask is not None and not masked
+    row = backward_row(
+        architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked, padded
+    )
+    meta = Meta(
+        row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
+    )
+    row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
+    numbers = m, n, h, h // hk, p.scale
+    if kernel == "rows":
+        programs, numbers = b * h * triton.cdiv(m, PADDING) * (PADDING // row.block_m), (m, h)
+    elif kernel == "keys":
+        programs = b * hk * key_tiles
+    elif kernel == "queries":
+        programs = b * h * row_tiles
+    else:
+        sizes, counts = getattr(p, gradients[0]).shape, (b, h, row_tiles, key_tiles)
+        programs = math.prod(map(min, sizes, counts))  # 1 where the mask is shared
+        numbers = (b, *numbers)
+    launch = _triton.Launch(_KERNELS[kernel], programs, **row.options(architecture))
+    places = tuple(_NAMES.index(name) if name else None for name in gradients)
+    return _Pass(launch, of_tangents, places, (*numbers, meta))
