@@ -22,9 +22,9 @@ class Blocker:
         if top not in {"torch", "scm_kernels"} | sys.stdlib_module_names:
             raise ImportError(f"{name} is out of reach in this test")
 sys.meta_path.insert(0, Blocker())
-start = time.perf_counter()
+start = time.process_time()  # not what the machine does beside it
 import scm_kernels
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 q = torch.randn(1, 2, 8, 4)
 out, t_out = scm_kernels.attention_jvp(q, q, q, q, None, q)
 assert t_out.isfinite().all()
