@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
@@ -25,6 +26,8 @@ import scm_kernels
 from benchmarks import offline, offline_cuda, tools
 from benchmarks.common import report, with_progress
 from scm_kernels import _cuda
+from scm_kernels.attention import triton
+from scm_kernels.attention.triton_backward_config import atomic_row
 
 HEAD_DIMS = (64, 72, 96, 112, 128)
 LENGTH = 4096
@@ -41,6 +44,7 @@ PASSES = {
     "forward, no tangent": (2, None, ""),
     "backward, out": (5, (True, False), "qkv"),
     "backward, both": (12, (True, True), "qkv"),
+    "backward, both, atomics": (12, (True, True), "qkv"),
     "backward, both, six": (15, (True, True), "qkvabc"),
     "backward, out, mask": (3, (True, False), "m"),
     "backward, both, mask": (10, (True, True), "m"),
@@ -93,7 +97,9 @@ class Problem:
             name: torch.empty(shape, dtype=dtype or self.dtype, requires_grad="m" in wanted)
             for name, (shape, dtype) in MASKS[self.mask].items()
         }
-        with offline_cuda.gpu() if self.backend == "cuda" else offline.gpu(target) as launches:
+        gpu = offline_cuda.gpu() if self.backend == "cuda" else offline.gpu(target)
+        atomics = {triton.ATOMICS: "1" if "atomics" in self.name else "0"}
+        with mock.patch.dict(os.environ, atomics), gpu as launches:
             outputs = scm_kernels.attention_jvp(*inputs, **masks, is_causal=self.causal)
             if cotangents is not None:
                 launches.clear()
@@ -112,6 +118,7 @@ def problems(dtypes: list[torch.dtype]) -> list[Problem]:
         if name not in TANGENTS and "mask" not in name
         for d in HEAD_DIMS
         for causal in (False, True)
+        if "atomics" not in name or atomic_row("sm_80", dtype, d) is not None
     ]
 
 

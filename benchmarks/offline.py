@@ -62,13 +62,13 @@ class Launch:
 
     def spilled(self) -> int:
         """What a kernel keeps in memory for want of registers: bytes of local memory a thread on
-        NVIDIA's GPUs, registers on AMD's."""
+        NVIDIA's GPUs, vector registers on AMD's (scalar ones go to lanes of vector registers)."""
         if self.metadata.target.backend != "hip":
             return spilled(usage(self.code("cubin"))[self.name])
-        found = re.findall(r"_spill_count: *(\d+)", self.code("amdgcn").decode())
-        if len(found) != 2:
-            raise ValueError(f"{self.name}: got {found} for what is spilled, expected two numbers")
-        return sum(map(int, found))
+        found = re.findall(r"vgpr_spill_count: *(\d+)", self.code("amdgcn").decode())
+        if len(found) != 1:
+            raise ValueError(f"{self.name}: got {found} for what is spilled, expected one number")
+        return int(found[0])
 
     def code(self, stage: str) -> bytes:
         """What the compiler made: "ptx", "cubin", "ttgir", ...; "amdgcn" and "hsaco" for AMD."""

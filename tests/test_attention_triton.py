@@ -171,6 +171,14 @@ CHOSEN = {
     ],
     ("sm_80", F16): [p for p in a100.problems([F16]) if p.name == "forward"],
     ("sm_90", BF16): [p for p in a100.problems([BF16]) if p.d in (64, 128) and not p.causal],
+    ("gfx942", BF16): [  # where least is left of 512 registers, or of 102 scalar ones
+        a100.Problem("forward", BF16, 128),
+        a100.Problem("forward", BF16, 112, causal=True),
+        a100.Problem("backward, both", BF16, 72, causal=True),
+        a100.Problem("backward, both, six", BF16, 128),
+        a100.Problem("backward, out", BF16, 72, mask="padding"),
+        a100.Problem("forward", BF16, 128, mask="bias and tangent"),
+    ],
 }
 
 
@@ -191,7 +199,7 @@ def test_nothing_spills_in_half_precision(target, dtype):
 
 
 @slow
-@pytest.mark.parametrize("target", ["sm_89", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_89", "sm_100"])
 def test_compiles_for(target):
     """Within the shared memory of the target, or the launch would raise."""
     names = (("forward", 64), ("forward", 128), ("backward, both", 64), ("backward, out", 128))
@@ -230,11 +238,11 @@ def test_parts_cover_a_head_dimension(features):
 # --- interpreted ----------------------------------------------------------------------------------
 
 
-def interpreted(*arguments: str) -> subprocess.Popen:
+def interpreted(*arguments: str, **environment: str) -> subprocess.Popen:
     """pytest in Triton's interpreter: there a wild pointer ends the process."""
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"} | environment,
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,5 +1,6 @@
 """Attention on a GPU by the Triton kernels of `triton_forward.py` and `triton_backward.py`."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from scm_kernels.attention.problem import Backward, Forward
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 MOST_FEATURES = 256
+ATOMICS = "SCM_KERNELS_ATOMICS"  # 1: a faster gradient through both outputs, not deterministic
 
 
 def unavailable() -> str | None:
@@ -41,7 +43,7 @@ def plan_forward(problem: Forward) -> Callable[[Forward], None]:
     """One pass over the keys."""
     from scm_kernels.attention.triton_forward import plan_attention_forward
 
-    return _by_precision(plan_attention_forward, problem)
+    return _following(plan_attention_forward, problem, _PRECISION[problem.q.dtype])
 
 
 @_triton.without_bfloat16("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
@@ -49,20 +51,33 @@ def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """The closed form, in a pass for each kind of gradient."""
     from scm_kernels.attention.triton_backward_plan import plan_attention_backward
 
-    return _by_precision(plan_attention_backward, problem)
+    return _following(plan_attention_backward, problem, _PRECISION[problem.q.dtype], _atomics)
 
 
-def _by_precision(plan: Callable, problem: Forward | Backward) -> Callable:
-    """Products in float32 are exact, or in TF32 where PyTorch's own are when they run."""
-    if problem.q.dtype != torch.float32:
-        return plan(problem, "ieee")
+def _following(plan: Callable, problem: Forward | Backward, *switches: Callable) -> Callable:
+    """What runs problems of one kind by what the switches are at the time."""
     plans = {}
 
     def run(problem):
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        precision = "tf32" if tf32 else "ieee"
-        if precision not in plans:
-            plans[precision] = plan(problem, precision)
-        plans[precision](problem)
+        state = tuple(switch() for switch in switches)
+        if state not in plans:
+            plans[state] = plan(problem, *state)
+        plans[state](problem)
 
     return run
+
+
+def _float32_precision() -> str:
+    """Exact products, or TF32 where PyTorch's own are."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+_PRECISION = dict.fromkeys(_DTYPES, lambda: "ieee") | {torch.float32: _float32_precision}
+
+
+def _atomics() -> bool:
+    """Whether sums may be added up by atomics, in an order that varies from run to run."""
+    switch = os.environ.get(ATOMICS, "0")
+    if switch not in ("0", "1", ""):
+        raise ValueError(f"{ATOMICS}: got {switch!r}, expected 0 or 1")
+    return switch == "1" and not torch.are_deterministic_algorithms_enabled()

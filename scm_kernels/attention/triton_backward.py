@@ -1,12 +1,13 @@
-"""The backward of attention in Triton: a kernel for each kind of gradient, all deterministic.
+"""The backward of attention in Triton: a kernel for each kind of gradient.
 
     rows      what the others need of every row, to scratch memory
     keys      dk, dv: a program for each tile of keys, over the rows of all heads that share it
     queries   dq, dtq: a program for each tile of rows, over the keys
     mask      dmask: a program for each tile of the mask, over all that shares it
 
-Sums stay in the registers of one program, without atomics, and no buffer has M N elements; scores
-are computed again by each kernel that asks for them.
+Sums stay in the registers of one program, without atomics, so they are deterministic, and no buffer
+has M N elements; scores are computed again by each kernel that asks for them. As an option, that of
+the keys adds up dq by atomics: 12 products a tile in place of 18, in an order that varies.
 
 tO depends on the tangents as O would on q, k, v: their gradients are the ordinary ones for dtO in
 place of dO and beta in place of delta. So dtk, dtv and dtmask are a pass of the same kernels, with
@@ -67,9 +68,10 @@ def attention_backward_rows_kernel(x, out, t_out, lse, mu, M, H, META: tl.conste
 
 @triton.jit
 def _add_queries(
-    sums, keys, x, batch, head, H, row, key, M, N, scale, BOUNDS: tl.constexpr, META: tl.constexpr
-):
-    """Add what one tile of rows gives to (dk, dv) of a tile of keys; tiles are [N, M].
+    sums, keys, x, sum_q, batch, head, H, row, key, M, N, scale,
+    BOUNDS: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """Add what a tile of rows gives to (dk, dv) of a tile of keys, and to sum_q; tiles are [N, M].
 
     Registers limit this kernel: each product stands where it is used, and A comes last.
     """
@@ -82,6 +84,9 @@ def _add_queries(
         inside = rows < M
         if META.CAUSAL:
             live = rows[None, :] >= at[:, None]
+        if sum_q is not None:  # a key out of bounds must not spoil them
+            known = (at < N)[:, None]
+            live = known if live is None else live & known
     q, tq, do, dto = gradients.load_queries(x, batch, head, row, inside, META)
     lse, delta, mu, beta = gradients.load_stats(x, batch * H + head, row, 0, META)
     mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, True, BOUNDS, META)
@@ -100,7 +105,23 @@ def _add_queries(
     beside = gradients.beside_a(p, delta, g_t, centred)
     a = gradients.product(tv, dto, gradients.product(v, do, None, P), P)
     g_s = gradients.gradient_of_scores(p, a, delta, beside)
-    return gradients.add_product(dk, g_s, q, P), dv
+    dk = gradients.add_product(dk, g_s, q, P)
+    if sum_q is not None:
+        _add_to_queries(sum_q, g_s, g_t, k, tk, batch * H + head, row, x.padded, META)
+    return dk, dv
+
+
+@triton.jit
+def _add_to_queries(sum_q, g_s, g_t, k, tk, index, row, padded, META: tl.constexpr):
+    """sum_q += gS K + gT tK of a tile of rows, by atomics; gS and gT are [N, M]."""
+    sums = tiles.zeros(META.BLOCK_M, META.D.parts)
+    sums = gradients.add_product(sums, tl.trans(g_s.to(k[0].dtype)), k, META.PRECISION)
+    sums = gradients.add_product(sums, tl.trans(g_t.to(k[0].dtype)), tk, META.PRECISION)
+    start = sum_q + (tl.cast(index, tl.int64) * padded + row) * META.D.width
+    rows = tl.arange(0, META.BLOCK_M)[:, None] * META.D.width
+    for i in tl.static_range(len(sums)):
+        columns = (META.D.parts[i][0] + tl.arange(0, META.D.parts[i][1]))[None, :]
+        tl.atomic_add(start + (rows + columns), sums[i], mask=columns < META.D.width, sem="relaxed")
 
 
 @triton.jit
@@ -123,10 +144,12 @@ def _next(head, i, count):
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
-def attention_backward_keys_kernel(x, dk, dv, M, N, H, GROUP, scale, META: tl.constexpr):
+def attention_backward_keys_kernel(x, dk, dv, sum_q, M, N, H, GROUP, scale, META: tl.constexpr):
     """dk, dv of a tile of keys, over the rows of the GROUP heads that share them.
 
         dK = scale (gS^T Q + gT^T tQ)    dV = P^T dO + tP^T dtO
+
+    With a sum_q [B H, padded, D], float32 and zero at first, dQ / scale is added up in it.
 
     A key out of bounds spoils its own sums alone, which are not stored. The loops over heads and
     over tiles of rows are one, so that its pipeline of loads fills once.
@@ -141,18 +164,21 @@ def attention_backward_keys_kernel(x, dk, dv, M, N, H, GROUP, scale, META: tl.co
     sums = gradients.zeros_for(dk, KEYS, META.D), gradients.zeros_for(dv, KEYS, META.E)
 
     first, clear, partial, end = _row_tiles(key, M, N, META)
-    whole = partial - clear
+    whole = 0 if sum_q is not None else partial - clear  # two loops with atomics would spill
     rest = end - first - whole
     head, i = key_head * GROUP, 0
     for _ in range(rest * GROUP):
         row = tl.where(first + i < clear, first + i, first + i + whole) * META.BLOCK_M
-        sums = _add_queries(sums, keys, x, batch, head, H, row, key, M, N, scale, True, META)
+        sums = _add_queries(sums, keys, x, sum_q, batch, head, H, row, key, M, N, scale, True, META)
         head, i = _next(head, i, rest)
-    head, i = key_head * GROUP, 0
-    for _ in range(whole * GROUP):
-        row = (clear + i) * META.BLOCK_M
-        sums = _add_queries(sums, keys, x, batch, head, H, row, key, M, N, scale, False, META)
-        head, i = _next(head, i, whole)
+    if sum_q is None:
+        head, i = key_head * GROUP, 0
+        for _ in range(whole * GROUP):
+            row = (clear + i) * META.BLOCK_M
+            sums = _add_queries(
+                sums, keys, x, None, batch, head, H, row, key, M, N, scale, False, META
+            )
+            head, i = _next(head, i, whole)
 
     sum_k, sum_v = sums
     inside = tl.arange(0, KEYS) < N - key  # not as above: or it stays in registers until here

@@ -70,6 +70,9 @@ _HALF = {
     ),
 }
 
+# On an AMD GPU: two sums, or one beside a mask; 477 registers at 128 features.
+_AMD_QUERIES = (Row(128, 128, 16, 4, 1), Row(256, 32, 16, 4, 1))
+
 # What differs elsewhere, by `triton_config.family`.
 _ELSEWHERE = {
     "hopper": {  # operands in shared memory, and registers for their addresses
@@ -112,6 +115,43 @@ _ELSEWHERE = {
             Row(96, 16, 32, 4, 2, step=32),  # with two parts of features 64 keys would spill
             Row(128, 16, 64, 8, 2, step=32),
             Row(256, 32, 16, 4, 1, step=64, widest=128),
+        ),
+    },
+    # Tall tiles in what they sum for, until they take the 512 registers a thread of four warps:
+    # eight have 256. Loads that run ahead stay in registers too, and in shared memory besides.
+    "amd": {
+        ("keys", "out"): (
+            Row(64, 32, 128, 4, 2),
+            Row(128, 16, 128, 4, 1),  # 32 rows would spill scalar registers at 72 features
+            Row(256, 16, 64, 4, 1),
+        ),
+        ("keys", "both"): (
+            Row(64, 32, 128, 4, 1),
+            Row(80, 32, 128, 4, 1, causal=False),  # conditions of a causal mask would spill
+            Row(96, 16, 128, 4, 1, step=32),
+            Row(112, 16, 64, 4, 1),  # three parts of features: 128 keys would spill if causal
+            Row(128, 16, 128, 4, 1, widest=64),  # undivided features would spill under a mask
+            Row(256, 16, 32, 4, 1),
+        ),
+        ("queries", "out"): (
+            Row(64, 128, 32, 4, 2),
+            Row(96, 128, 32, 4, 1),  # conditions of a causal mask would spill
+            Row(128, 128, 16, 4, 2),  # 32 keys would spill
+            Row(256, 64, 16, 4, 1),
+        ),
+        ("queries", "both"): (
+            Row(96, 128, 16, 4, 2),
+            Row(128, 128, 16, 4, 1),  # tiles in flight would spill
+            Row(256, 64, 16, 4, 1),
+        ),
+        ("queries", "both, dtq"): _AMD_QUERIES,
+        ("mask", "out"): (Row(128, 64, 16, 4, 2), Row(256, 32, 16, 4, 1)),
+        ("mask", "both"): (
+            # With two parts of features, addresses alone take more than the 102 scalar registers:
+            # up to 14 of them go to lanes of a vector register.
+            Row(112, 32, 16, 4, 1),
+            Row(128, 32, 16, 8, 1),
+            Row(256, 32, 16, 4, 1),
         ),
     },
 }
@@ -158,8 +198,25 @@ _MASKED = {
     ("queries", "both"): _LITTLE_ROOM,
     ("queries", "both, dtq"): (Row(64, 32, 32, 4, 2), *_LITTLE_ROOM[1:]),  # 113
 }
-_MASKED_HOPPER = {
-    ("queries", "both, dtq"): (Row(64, 64, 16, 4, 3), *_LITTLE_ROOM[1:]),
+# And where that differs, by family.
+_MASKED_ELSEWHERE = {
+    "hopper": {
+        ("queries", "both, dtq"): (Row(64, 64, 16, 4, 3), *_LITTLE_ROOM[1:]),
+    },
+    "amd": {
+        ("keys", "out"): (Row(256, 16, 64, 4, 1),),  # 128 keys would spill scalar registers
+        # No tile leaves scalar registers for all addresses: up to 34 of them go to lanes of a
+        # vector register, most of them around the loops.
+        ("keys", "both"): (Row(128, 16, 64, 4, 1), Row(256, 16, 32, 4, 1)),
+        ("queries", "out"): (Row(128, 128, 16, 4, 2), Row(256, 64, 16, 4, 1)),
+        ("queries", "both"): (
+            Row(96, 128, 16, 4, 1),
+            Row(112, 128, 16, 4, 1, widest=32),  # or a register spills
+            Row(128, 128, 16, 4, 1),
+            Row(256, 64, 16, 4, 1),
+        ),
+        ("queries", "both, dtq"): _AMD_QUERIES,
+    },
 }
 
 # In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
@@ -195,6 +252,29 @@ _FLOAT = {
 }
 
 
+# Of the keys' kernel through both outputs that adds up dq by atomics, without a mask: 12 products a
+# tile in place of 18. By family and the most features, where it is faster; parts of features and
+# masks would spill. K and tK are operands of two products, of tiles that lie differently: small
+# tiles, two blocks a multiprocessor.
+_ATOMIC = {
+    "large": {
+        64: Row(64, 32, 64, 4, 3, step=64),  # 149, where two kernels give 137
+        96: None,
+        128: Row(128, 32, 32, 4, 2, step=128),  # 134, where two give 117; at 112 features 117, 101
+    },
+}
+
+
+@cache
+def atomic_row(architecture: str, dtype: torch.dtype, features: int) -> Row | None:
+    """The row of the table for dq by atomics, None if there is none."""
+    gpu = family(architecture)
+    if gpu == "interpreter":
+        return INTERPRETER
+    table = {} if dtype == torch.float32 else _ATOMIC.get(gpu, {})
+    return next((row for most, row in table.items() if features <= most), None)
+
+
 @cache
 def backward_row(
     architecture: str,
@@ -214,8 +294,7 @@ def backward_row(
     if dtype == torch.float32:
         tables = [_FLOAT]
     elif masked:
-        tables = [_MASKED_HOPPER] if gpu == "hopper" else []
-        tables += [_MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
+        tables = [_MASKED_ELSEWHERE.get(gpu, {}), _MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
     elif padded and gpu == "large":
         tables = [_PADDED, _HALF]
     else:

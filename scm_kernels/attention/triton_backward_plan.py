@@ -12,7 +12,7 @@ from scm_kernels import _triton
 from scm_kernels.attention import triton_backward as kernels
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Backward
-from scm_kernels.attention.triton_backward_config import PADDING, backward_row
+from scm_kernels.attention.triton_backward_config import PADDING, atomic_row, backward_row
 from scm_kernels.attention.triton_gradients import Meta, Operands
 from scm_kernels.attention.triton_tiles import View, mask_strides
 
@@ -26,18 +26,23 @@ _KERNELS = {
 _NAMES = (
     *("q", "k", "v", "tq", "tk", "tv", "mask", "tmask", "dout", "dt_out", "out", "t_out"),
     *("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask"),
+    "sum_q",  # what is added up by atomics, at the place of `_SUM_Q`
 )
+_SUM_Q = -1
 _MASKS = ("mask", "tmask", "dmask", "dtmask")
 
 
-def plan_attention_backward(problem: Backward, precision: str) -> Callable[[Backward], None]:
-    """What writes the gradients that are wanted; `precision` is that of products in float32."""
-    return _Plan(problem, precision).run
+def plan_attention_backward(
+    problem: Backward, precision: str, atomics: bool
+) -> Callable[[Backward], None]:
+    """What writes the gradients that are wanted; `precision` is that of products in float32,
+    `atomics` allows them where there are tiles for them."""
+    return _Plan(problem, precision, atomics).run
 
 
 def _tensors(p: Backward) -> list[Tensor | None]:
     q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, _, _, dout, dt_out, *gradients = p
-    return [q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, out, t_out, *gradients]
+    return [q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, out, t_out, *gradients, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class _Pass:
 class _Plan:
     """How problems of one kind are launched."""
 
-    def __init__(self, p: Backward, precision: str):
+    def __init__(self, p: Backward, precision: str, atomics: bool):
         tensors = _tensors(p)
         self.copied = []  # gradients whose last dimension is not contiguous, by way of one that is
         for i, (name, x) in enumerate(zip(_NAMES, tensors, strict=True)):
@@ -70,7 +75,8 @@ class _Plan:
         self.scratch = (2 if p.dt_out is None else 4, *p.lse.shape[:2])
         self.padded = triton.cdiv(p.q.shape[2], PADDING) * PADDING
         self.rows = _pass("rows", False, (), p, precision, vec)
-        self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p)]
+        self.atomic = atomics and _takes_atomics(p)
+        self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p, self.atomic)]
         self.launches = [one.launch for one in (self.rows, *self.passes)]
 
     def run(self, p: Backward) -> None:
@@ -82,6 +88,9 @@ class _Plan:
             views = [View(*x) for x in views]
         for i in self.absent:
             views[i] = None
+        if self.atomic:
+            (b, h, m, d) = p.q.shape
+            sum_q = views[_SUM_Q] = p.lse.new_zeros(b, h, self.padded, d)
         scratch = p.lse.new_empty(*self.scratch, self.padded).unbind()
         lse, delta, mu, beta = scratch if len(scratch) == 4 else (*scratch, None, None)
         x = Operands(*views[:10], self.padded, lse, delta, mu, beta)
@@ -93,6 +102,8 @@ class _Plan:
         for one in self.passes:
             gradients = (None if i is None else views[i] for i in one.gradients)
             one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
+        if self.atomic:
+            torch.mul(sum_q[:, :, :m], p.scale, out=p.dq)
         for i in self.copied:
             getattr(p, _NAMES[i]).copy_(tensors[i])
 
@@ -101,13 +112,22 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _kinds(p: Backward) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+def _takes_atomics(p: Backward) -> bool:
+    """Whether dq can be added up by the kernel of the keys: through both outputs, if both kinds of
+    gradients are wanted, and a row of the tables is for it."""
+    if p.dt_out is None or p.dq is None or (p.dk is None and p.dv is None) or p.mask is not None:
+        return False
+    architecture, features = _triton.architecture(p.q.device), max(p.q.shape[3], p.v.shape[3])
+    return atomic_row(architecture, p.q.dtype, features) is not None
+
+
+def _kinds(p: Backward, atomic: bool) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
     """(kernel, of_tangents, gradients) of the passes for all gradients that are wanted."""
     if p.dk is not None or p.dv is not None:
-        yield "keys", False, ("dk", "dv")
+        yield "keys", False, ("dk", "dv", "sum_q" if atomic else "")
     if p.dtk is not None or p.dtv is not None:
-        yield "keys", True, ("dtk", "dtv")
-    if p.dq is not None:
+        yield "keys", True, ("dtk", "dtv", "")
+    if p.dq is not None and not atomic:
         yield "queries", False, ("dq", "dtq")  # where dtq costs one product
     elif p.dtq is not None:
         yield "queries", True, ("dtq", "")
@@ -132,9 +152,13 @@ def _pass(
     architecture = _triton.architecture(p.q.device)
     masked = tiles.differs_by_row(p.mask, p.tmask)
     padded = p.mask is not None and not masked
-    row = backward_row(
-        architecture, kernel, through, p.q.dtype, max(d, e), p.causal, masked, padded
-    )
+    features = max(d, e)
+    if "sum_q" in gradients:
+        row = atomic_row(architecture, p.q.dtype, features)
+    else:
+        row = backward_row(
+            architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded
+        )
     meta = Meta(
         row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
     )

@@ -111,10 +111,14 @@ _HALF = {
         Row(80, 64, 64, 4, 2),
         Row(256, 64, 32, 4, 2),  # 128 rows would take more than 512 columns of tensor memory
     ),
+    # Four warps have 512 registers a thread, eight 256. Under a mask of 32 keys a tile conditions
+    # would take more scalar registers than the 102 there are.
     "amd": (
-        Row(64, 64, 64, 4, 2),  # 512 registers a thread
-        Row(128, 64, 32, 4, 2),  # 40 KiB of 64
-        Row(256, 32, 16, 4, 1),
+        Row(64, 128, 32, 4, 2, padding=16),  # 64 keys would spill
+        Row(96, 128, 32, 4, 1, padding=16),  # tiles in flight would spill at 72 features
+        Row(112, 64, 64, 4, 1, padding=16),  # three parts of features: 128 rows would spill
+        Row(128, 128, 32, 4, 1, padding=16),  # 490 registers
+        Row(256, 64, 16, 4, 1),
     ),
 }
 # Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
@@ -126,11 +130,19 @@ _MASKED = (
     Row(128, 64, 16, 4, 1, widest=32, widest_e=64),
     Row(256, 32, 16, 4, 2, widest=64, widest_e=64),
 )
-_MASKED_HOPPER = (
-    *_MASKED[:2],
-    Row(128, 128, 16, 8, 3, widest=64, widest_e=64),  # room for loads that run ahead
-    *_MASKED[3:],
-)
+# And where that differs, by family.
+_MASKED_ELSEWHERE = {
+    "hopper": (
+        *_MASKED[:2],
+        Row(128, 128, 16, 8, 3, widest=64, widest_e=64),  # room for loads that run ahead
+        *_MASKED[3:],
+    ),
+    "amd": (  # with loads that run ahead, or with 32 keys, scalar registers would spill
+        Row(64, 128, 16, 4, 1, widest=32),  # undivided features would, in float16
+        Row(128, 128, 16, 4, 1),
+        Row(256, 64, 16, 4, 1),
+    ),
+}
 # In float32: exact products on ordinary cores, whose operands stay in registers.
 _FLOAT = (
     Row(64, 32, 32, 4, 2, widest=16, widest_e=16),
@@ -160,5 +172,5 @@ def forward_row(
     if dtype == torch.float32:
         table = _FLOAT_MASKED if masked else _FLOAT
     else:
-        table = (_MASKED_HOPPER if gpu == "hopper" else _MASKED) if masked else _HALF[gpu]
+        table = _MASKED_ELSEWHERE.get(gpu, _MASKED) if masked else _HALF[gpu]
     return next(r for r in table if features <= r.most and r.causal in (None, causal))
