@@ -7,8 +7,10 @@ functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pas
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,9 +22,18 @@ from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("scm_kernels", "DEF")
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
-    _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, sets)
+
+
+_DEVICES = ("CPU", "CUDA", "XPU", "MPS")
+_AUTOCAST = _keys(*("Autocast" + device for device in _DEVICES))
+# What PyTorch's dispatcher knows of a tensor whose memory holds its numbers as they are.
+_ORDINARY = _keys("ADInplaceOrView", *_DEVICES, *("Autograd" + device for device in _DEVICES))
+_UNUSUAL = ~(_ORDINARY | _AUTOCAST).raw_repr()
+_keys_of = torch._C._dispatch_keys
 
 __all__ = [
     "LIBRARY",
@@ -74,7 +85,10 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     ):
         return False
     for x in tensors:  # a loop is quicker than all
-        if x is not None and type(x) is not Tensor and type(x) is not Parameter:
+        if x is not None and (
+            (type(x) is not Tensor and type(x) is not Parameter)
+            or _keys_of(x).raw_repr() & _UNUSUAL  # negated, without memory, left by a transform
+        ):
             return False
     return True
 
@@ -90,7 +104,39 @@ def define(
     LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"scm_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"scm_kernels::{name}", vmap, lib=LIBRARY)
-    return Op(schema, kernel, autograd)
+    op = Op(schema, kernel, autograd)
+    LIBRARY.impl(name, _older_vmap(op.dispatched, vmap), "Batched")
+    return op
+
+
+def _older_vmap(op: Callable, rule: Callable) -> Callable:
+    """The rule of `torch.func.vmap` for PyTorch's older vmap, which serves
+    `torch.autograd.grad(is_grads_batched=True)` and `torch.autograd.functional.jacobian`."""
+
+    def run(*args):
+        args = list(args)
+        tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+        innermost = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        for level in range(innermost, 0, -1):
+            for i in tensors:  # its batch, or one of 1, goes first
+                args[i] = torch._remove_batch_dim(args[i], level, 1, 0)
+            size = max(args[i].shape[0] for i in tensors)
+            in_dims = [None] * len(args)
+            for i in tensors:
+                if args[i].shape[0] == size != 1:
+                    in_dims[i] = 0
+                else:
+                    args[i] = args[i][0]
+            if size != 1:
+                out, out_dims = rule(SimpleNamespace(batch_size=size), in_dims, *args)
+                if isinstance(out, Tensor):
+                    return torch._add_batch_dim(out, out_dims, level)
+                pairs = zip(out, out_dims, strict=True)
+                return [torch._add_batch_dim(x, dim, level) for x, dim in pairs]
+        return op(*args)
+
+    return run
 
 
 def without_autocast(kernel: Callable) -> Callable:

@@ -214,7 +214,8 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     """Check, bring to four dimensions, call the op, and undo; or go where such a call went."""
     kind = None
     if _distinct(is_causal, scale, enable_gqa) and _library.plain(tensors):
-        setting = _backends.setting(_backends.requested())
+        request = _backends.requested()
+        setting = request, _backends.setting(request)
         kind = (is_causal, scale, enable_gqa, tangent_grad, setting, *_plans.kind(tensors))
         call = _calls[kind]
         if call is not None:

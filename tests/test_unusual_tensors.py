@@ -1,0 +1,123 @@
+"""Tensors whose memory does not hold their numbers as they are, and those that a transform left
+behind: the short way past PyTorch's dispatcher is not for them."""
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+from torch.func import grad, vjp
+
+import scm_kernels
+from scm_kernels import _backends, attention_jvp, consistency_loss, normalized_tangent
+
+SHAPE = (2, 3, 5, 4)
+
+
+def negated(*shape: int) -> torch.Tensor:
+    """A view of an imaginary part: PyTorch changes its sign when it is read."""
+    x = torch.randn(*shape, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    return x
+
+
+def zeros_without_memory(*shape: int) -> torch.Tensor:
+    return torch._efficientzerotensor(shape)
+
+
+MAKERS = [negated, zeros_without_memory]
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x])[0]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("place", [*range(6), "attn_mask"])
+def test_attention(make, place):
+    x = [torch.randn(2, 3, 5, 1) for _ in range(6)]
+    options = {}
+    if place == "attn_mask":
+        options["attn_mask"] = make(5, 5)
+    else:
+        x[place] = make(2, 3, 5, 1)
+    x = [y.requires_grad_() for y in x]
+    same = {name: as_it_is(y) for name, y in options.items()}
+    actual, expected = attention_jvp(*x, **options), attention_jvp(*map(as_it_is, x), **same)
+    torch.testing.assert_close(actual, expected)
+    gradients = (torch.autograd.grad((y + 2 * t).sum(), x) for y, t in (actual, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("place", range(4))
+def test_tangent(make, place):
+    x, t = [torch.randn(3, 8) for _ in range(4)], torch.rand(3)
+    x[place] = make(3, 8)
+    same = [*map(as_it_is, x)]
+    torch.testing.assert_close(normalized_tangent(*x, t), normalized_tangent(*same, t))
+    torch.testing.assert_close(consistency_loss(*x, t), consistency_loss(*same, t))
+
+
+def test_pullbacks_are_called_when_their_transform_has_ended():
+    x, t = [torch.randn(3, 8) for _ in range(4)], torch.rand(3)
+    _, pullback = vjp(lambda f: consistency_loss(f, *x[1:], t), x[0])
+    expected = grad(lambda f: consistency_loss(f, *x[1:], t))(x[0])
+    torch.testing.assert_close(pullback(torch.tensor(1.0))[0], expected)
+
+
+def test_tensors_that_were_kept():
+    kept, rest = [], [torch.randn(SHAPE) for _ in range(5)]
+
+    def function(q):
+        kept.append(q)
+        return q.sum()
+
+    q = torch.randn(SHAPE)
+    grad(function)(q)
+    torch.testing.assert_close(attention_jvp(kept[0], *rest), attention_jvp(q, *rest))
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("wanted", [0, 1, 3])
+def test_gradients_in_a_batch(output, wanted):
+    """PyTorch's older vmap, one level and two."""
+    x = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
+    y = attention_jvp(*x)[output]
+    if output == 0 and wanted == 3:
+        pytest.skip("out does not depend on a tangent")
+    cotangents = torch.randn(2, *SHAPE)
+    for several in (cotangents, cotangents[:1]):
+        actual = torch.autograd.grad(
+            y, x[wanted], several, is_grads_batched=True, retain_graph=True
+        )
+        expected = [torch.autograd.grad(y, x[wanted], c, retain_graph=True)[0] for c in several]
+        torch.testing.assert_close(actual[0], torch.stack(expected))
+
+
+def test_jacobians_in_one_pass():
+    x, t = [torch.randn(3, 8, dtype=torch.float64) for _ in range(4)], torch.rand(3)
+    q = [torch.randn(1, 2, 3, 4, dtype=torch.float64) for _ in range(6)]
+    for function, at in (
+        (lambda f: consistency_loss(f, *x[1:], t, reduction="none"), x[0]),
+        (lambda k: attention_jvp(q[0], k, *q[2:])[1], q[1]),
+    ):
+        torch.testing.assert_close(jacobian(function, at, vectorize=True), jacobian(function, at))
+
+
+def test_a_backend_that_two_ways_have_forced(monkeypatch):
+    """The backward runs where the forward did, whether the first call of the kind said so by the
+    environment or by the context manager."""
+    seen, plan = [], _backends.plan
+
+    def spy(op, step, problem, request, *rest):
+        seen.append((step, _backends.setting(request)))
+        return plan(op, step, problem, request, *rest)
+
+    x = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
+    monkeypatch.setenv("SCM_KERNELS_BACKEND", "reference")
+    attention_jvp(*x)
+    monkeypatch.delenv("SCM_KERNELS_BACKEND")
+    with scm_kernels.backend("reference"):
+        out = attention_jvp(*x)[0]
+    monkeypatch.setattr(_backends, "plan", spy)
+    out.sum().backward()
+    assert seen == [("backward", "reference")]
