@@ -81,6 +81,13 @@ def test_values(backend, case, poisoned):
     check(run(backend, case, draw(case, device_of(backend))), case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_under_the_least_number(backend, dtype):
+    case = Case("least", dtype, m=40, n=90, d=64, mask="least")
+    check(run(backend, case, draw(case, device_of(backend))), case)
+
+
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -49,6 +49,7 @@ SLOW = [
     Case("ptx_bias", BF16, d=64, mask="bias", t_mask=True, **LONG),
     Case("ptx_padding", F16, d=72, mask="padding", mask_shape="b11n", **LONG),
     Case("ptx_late", BF16, d=64, mask="late", **LONG),
+    Case("ptx_least", BF16, d=64, mask="least", **LONG),
     Case("ptx_sharp", BF16, d=64, logits=30.0, **LONG),
     Case("ptx_shared", BF16, d=64, shared=16.0, **LONG),
     Case("ptx_packed", BF16, d=64, layout="packed", **LONG),

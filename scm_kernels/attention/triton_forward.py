@@ -53,7 +53,7 @@ class Meta(NamedTuple):
 class _State(NamedTuple):
     """The dual online softmax of a tile of rows."""
 
-    m: tl.tensor  # [M] largest score, over log 2; in float32 and without a mask, before the scale
+    m: tl.tensor  # [M] largest score: under a mask as it is, else over log 2, in float32 unscaled
     l: tl.tensor  # [M] sum of p
     mu: tl.tensor  # [M] sum of h
     c: tl.tensor  # [M] shift of T
@@ -134,23 +134,25 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
 
 
 @triton.jit
-def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, scale2, META: tl.constexpr):
+def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.constexpr):
     """Take in a tile of keys under a mask: a row may see none of them, none of all keys, or its
     first ones, which then give it its c.
+
+    m is that of the scores as they are: in units of log 2, the least number would be -inf.
     """
     k, tk, v, tv = keys
     s, t = _scores(q, tq, k, tk, META.PRECISION)
-    s = s * scale2
+    s = s * scale
     if mask.dtype == tl.int1:
         live = live & mask
     else:
-        s += mask.to(tl.float32) * LOG2E
+        s += mask.to(tl.float32)
         live = live & (s != -float("inf"))
     s = tl.where(live, s, -float("inf"))
     m = tl.maximum(state.m, tl.max(s, 1))
     finite = tl.where(m == -float("inf"), 0.0, m)
-    a = tl.exp2(state.m - finite)
-    p = tl.exp2(s - finite[:, None])
+    a = tl.exp2((state.m - finite) * LOG2E)
+    p = tl.exp2((s - finite[:, None]) * LOG2E)
     if t is not None:
         t = t * scale
         if tmask is not None:
@@ -305,7 +307,7 @@ def attention_forward_kernel(
         else:
             mask = _load_mask(x.mask, batch, head, row, key, M, N, META)
             tmask = _load_mask(x.tmask, batch, head, row, key, M, N, META)
-            state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, scale2, META)
+            state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META)
 
     o, to, log_sum, mean = _finish(state, unit, META)
     inside = tl.arange(0, META.BLOCK_M) < M - row  # not as above: it would be kept in registers
@@ -361,10 +363,9 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
     )
     scale = abs(p.scale) or 1.0
     scale2 = torch.tensor(scale / math.log(2)).item()  # in float32
+    unit = scale if p.q.dtype == torch.float32 else scale / scale2
     if p.mask is not None:
-        unit = math.log(2)  # the mask has not been scaled
-    else:
-        unit = scale if p.q.dtype == torch.float32 else scale / scale2
+        unit = 1.0
     numbers = m, n, h, h // hk, scale, scale2, unit, meta
     programs = triton.cdiv(m, row.block_m) * b * h
     launch = _triton.Launch(attention_forward_kernel, programs, **row.options(architecture))
