@@ -159,8 +159,7 @@ def _padding(shape, gen) -> Tensor:
 
 def _least(shape, gen) -> Tensor:
     """The least finite number at the second half of the keys, and, in the first row, at all: what
-    many models write for -inf. Scores are lost in it, so there all keys count alike. The gradient
-    of such a row is not that of the softmax: lse has lost log(l) too, as in other flash backwards.
+    many models write for -inf. Scores are lost in it, so there all keys count alike.
     """
     mask = torch.zeros(shape, dtype=torch.float64)
     mask[..., shape[-1] // 2 :] = mask[..., 0, :] = torch.finfo(torch.bfloat16).min

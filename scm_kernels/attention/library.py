@@ -213,6 +213,7 @@ def _backward(dout, dt_out, *args):
     gradients = _empty_backward(dout, dt_out, *args)
     if 0 in lse.shape:
         return [x.zero_() for x in gradients if x is not None]
+    cotangents = _rowwise(dout), _rowwise(dt_out)
     problem = Backward(
         *(_rowwise(x) for x in tensors[:6]),
         *tensors[6:],
@@ -220,11 +221,31 @@ def _backward(dout, dt_out, *args):
         scale,
         *(_rowwise(out), _rowwise(t_out)),
         *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
-        *(_rowwise(dout), _rowwise(dt_out)),
+        *cotangents,
         *gradients,
     )
+    factor = _factor(problem)
+    if factor is not None:
+        scaled = (None if x is None else (x * factor).to(x.dtype) for x in cotangents)
+        problem = problem._replace(**dict(zip(("dout", "dt_out"), scaled, strict=True)))
     _backends.run("attention", "backward", problem, backend, torch_flash)
     return [x for x in gradients if x is not None]
+
+
+_LOST = 2.0**14  # an lse beyond it is off by 0.0005 and more, and P by a factor in every row
+
+
+def _factor(p: Backward) -> Tensor | None:
+    """What P is off by in each row [B, H, M, 1], None if in none: where an added mask drowns the
+    scores (finfo.min), lse = m + log(l) is m, and has lost the logarithm of their count.
+
+    All gradients are linear in the cotangents, row by row, so that those can take the factor. On a
+    GPU it is left alone: to ask would wait for the GPU.
+    """
+    if p.mask is None or p.mask.dtype == torch.bool or p.q.device.type != "cpu":
+        return None
+    lost = (p.lse.abs() > _LOST) & p.lse.isfinite()
+    return 1.0 / reference.row_sums(p).where(lost, 1.0)[..., None] if lost.any() else None
 
 
 class _AttentionBackward(_library.Function):

@@ -260,6 +260,18 @@ def backward(problem: Backward) -> None:
             getattr(problem, name).copy_(total)
 
 
+def row_sums(problem: Backward) -> Tensor:
+    """The sums of P = exp(S - lse) over the keys [B, H, M]: 1, as far as lse holds log(l)."""
+    tiles, sums = _Tiles(problem), torch.zeros_like(problem.lse)
+    for rows in tiles.row_tiles():
+        q, lse = tiles.scaled_rows(problem.q, rows), tiles.rows(problem.lse[..., None], rows)
+        for keys in tiles.key_tiles(rows):
+            s, _, _ = tiles.scores(q, None, rows, keys)
+            p = torch.exp(s.flatten(2, 3) - lse.masked_fill(lse == -math.inf, math.inf))
+            sums[:, :, rows] += p.sum(-1).reshape(*sums.shape[:2], -1)
+    return sums
+
+
 class _RowGradient:
     """The gradients that a tile of rows [B, Hk, G rows, X] sends out, a tile of keys at a time."""
 
