@@ -55,7 +55,8 @@ def backend(name: str):
 
     Under a forced backend, a combination of inputs that it does not have raises
     `NotImplementedError`. `SCM_KERNELS_BACKEND=<name>` does the same from outside the program; this
-    context manager goes before it.
+    context manager goes before it. Enter it outside of what `torch.compile(fullgraph=True)` takes:
+    Dynamo has no `ContextVar.set`.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" for the choice by availability.

@@ -22,6 +22,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; of some devices, as "meta", it does not know."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def tensor(name: str, value: object, *, dtypes: tuple = FLOATS) -> None:
     """`value` must be a tensor of one of the dtypes."""
     if not isinstance(value, Tensor):
@@ -29,6 +37,14 @@ def tensor(name: str, value: object, *, dtypes: tuple = FLOATS) -> None:
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: got {describe(value)}, expected one of the dtypes {names}")
+
+
+def dense(name: str, value: object) -> None:
+    """`value`, if it is a tensor, must not be sparse, nested or in a layout of MKL-DNN."""
+    if not isinstance(value, Tensor) or (value.layout is torch.strided and not value.is_nested):
+        return
+    layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    raise TypeError(f"{name}: got a tensor of layout {layout}, expected a dense (strided) one")
 
 
 def like(name: str, value: object, other_name: str, other: Tensor, *, shape: bool = True) -> None:
@@ -56,16 +72,23 @@ def number(
     low: float = -math.inf,
     above: float = -math.inf,
     high: float = math.inf,
-) -> None:
-    """`value` must be a finite real number with low <= value <= high and value > above."""
+) -> float:
+    """`value`, a finite real number with low <= value <= high and value > above, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {describe(value)}, expected a number")
-    if not (-math.inf < value < math.inf and low <= value <= high and value > above):
+    try:
+        result = float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: got {type(value).__name__} beyond all floats, expected a finite number"
+        ) from None
+    if not (-math.inf < result < math.inf and low <= result <= high and result > above):
         bounds = {"at least": low, "above": above, "at most": high}
         limits = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
         raise ValueError(
             f"{name}: got {value}, expected a finite number {' and '.join(limits)}".rstrip()
         )
+    return result
 
 
 def integer(name: str, value: object, *, low: int) -> None:

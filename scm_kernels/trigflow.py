@@ -54,9 +54,9 @@ def sample_time(
         TypeError, ValueError: an argument is not as above.
     """
     _checks.integer("n", n, low=0)
-    _checks.number("p_mean", p_mean)
-    _checks.number("p_std", p_std, low=0.0)
-    _checks.number("sigma_data", sigma_data, above=0.0)
+    p_mean = _checks.number("p_mean", p_mean)
+    p_std = _checks.number("p_std", p_std, low=0.0)
+    sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     z = torch.randn(n, generator=generator, device=device, dtype=torch.float32)
     tau = p_mean + p_std * z.to(_checks.wide_dtype(z))
     return (tau.exp() / sigma_data).atan().float()
@@ -115,10 +115,10 @@ def tangent_inputs(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or sigma_data.
     """
-    _checks.number("sigma_data", sigma_data, above=0.0)
+    sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     _checks.tensor("x_t", x_t)
     _checks.tensor("dxdt", dxdt)
-    if torch.is_autocast_enabled(x_t.device.type):  # a teacher's output is in the low precision
+    if _checks.under_autocast(x_t):  # a teacher's output is in the low precision
         dxdt = dxdt.to(x_t.dtype)
     cos, sin = _cos_sin(x_t, "x_t", t, dxdt=dxdt)
     rate = cos * sin
@@ -158,7 +158,7 @@ def sample(
             changes the shape.
     """
     _floating("noise", noise)
-    _checks.number("sigma_data", sigma_data, above=0.0)
+    sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     times = _times(times)
     x = noise.to(_sum_dtype(noise))
     x0 = _consistency(network, x, times[0], sigma_data, noise.dtype)
@@ -210,12 +210,12 @@ def solve_ode(
     """
     _floating("noise", noise)
     _checks.integer("steps", steps, low=1)
-    _checks.number("sigma_data", sigma_data, above=0.0)
+    sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     if method not in ("heun", "euler"):
         raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
     t_max = math.atan(SIGMA_MAX / sigma_data) if t_max is None else t_max
-    _checks.number("t_max", t_max, above=0.0, high=T_MAX)
-    _checks.number("t_min", t_min, low=0.0)
+    t_max = _checks.number("t_max", t_max, above=0.0, high=T_MAX)
+    t_min = _checks.number("t_min", t_min, low=0.0)
     if t_min >= t_max:
         raise ValueError(f"t_min: got {t_min}, expected less than t_max = {t_max}")
     x = noise.to(_sum_dtype(noise))
@@ -280,8 +280,7 @@ def _times(times: object) -> list[float]:
         raise TypeError(f"times: got {_checks.describe(times)}, expected a sequence of numbers")
     if not times:
         raise ValueError("times: got none, expected at least one")
-    for t in times:
-        _checks.number("times", t, above=0.0, high=T_MAX)
+    times = [_checks.number("times", t, above=0.0, high=T_MAX) for t in times]
     if any(s >= t for t, s in itertools.pairwise(times)):
-        raise ValueError(f"times: got {list(times)}, expected decreasing times")
-    return [float(t) for t in times]
+        raise ValueError(f"times: got {times}, expected decreasing times")
+    return times

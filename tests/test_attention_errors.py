@@ -96,6 +96,7 @@ BAD = {
     "scale: text": ("1", TypeError, "a number"),
     "scale: nan": (float("nan"), ValueError, "a finite number"),
     "scale: inf": (float("inf"), ValueError, "a finite number"),
+    "scale: huge": (10**400, ValueError, "a finite number"),
     "scale: tensor": (torch.tensor(0.5), TypeError, "a number"),
 }
 
@@ -125,6 +126,25 @@ def test_bad_argument_of_attention_jvp(name):
         assert str(list(value.shape)) in message or (heads and heads in message), message
     elif not isinstance(value, (torch.Tensor, bool, float)) and value is not None:
         assert type(value).__name__ in message, message
+
+
+LAYOUTS = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": lambda x: x[0, 0].to_sparse_csr(),
+    "_mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda x: torch.nested.nested_tensor([*x]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch on the state of its sparse and nested tensors
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["query", "key", "t_value", "attn_mask"])
+def test_a_layout_that_is_not_dense(argument, layout):
+    arguments = tensors() | {"attn_mask": MASK}
+    arguments[argument] = LAYOUTS[layout](arguments[argument])
+    expected = f"^{argument}: got a tensor of layout {layout}, expected a dense"
+    with pytest.raises(TypeError, match=expected):
+        attention_jvp(**arguments)
 
 
 IN_A_JVP = [n for n in BAD if not n.startswith(("t_", "query", "key: device"))]

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from stock_attention import B, D, H, M, N, assert_near, draw, same, stock_jvp
+from stock_attention import B, D, E, H, M, N, assert_near, draw, same, stock_jvp
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 
+import scm_kernels
 from scm_kernels import _backends, attention_jvp, scaled_dot_product_attention
 
 
@@ -292,6 +293,22 @@ def test_autocast_does_what_a_cast_does(x):
     assert all(torch.equal(a, b) for a, b in zip(outputs, truth, strict=True))
     for gradients in (inside, outside):
         torch.testing.assert_close(gradients, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_meta_tensors(x, autocast):
+    """Shapes without data; autocast does not know their device."""
+    meta = [z.to("meta").requires_grad_() for z in x]
+    mask = torch.randn(M, N, dtype=x[0].dtype, device="meta")
+    with torch.autocast("cpu", enabled=autocast):
+        outputs = attention_jvp(*meta, attn_mask=mask, t_attn_mask=mask)
+        duals = jvp(scaled_dot_product_attention, tuple(meta[:3]), tuple(meta[3:]))
+        ours = scm_kernels.jvp(F.scaled_dot_product_attention, tuple(meta[:3]), tuple(meta[3:]))
+    for z in (*outputs, *duals, *ours):
+        assert z.is_meta
+        assert z.shape == (B, H, M, E)
+    gradients = torch.autograd.grad(outputs, meta, outputs)
+    assert [z.shape for z in gradients] == [z.shape for z in x]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

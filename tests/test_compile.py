@@ -324,6 +324,22 @@ def test_a_compiled_function_inside_is_right_or_raises(backend, way, fullgraph, 
         close([y.detach() for y in got], [y.detach() for y in true_jvp(func, (x,), (tx,))])
 
 
+@pytest.mark.parametrize("way", [ours, fused_jvp, dual_level], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", ["eager", AOT])
+def test_graph_breaks_inside_keep_every_tangent(way, backend):
+    """Dynamo must not compile a rule by itself: it does not see the tangents of its arguments."""
+    x, tx = torch.randn(2, 2, 4, 8, dtype=torch.float64)
+
+    def func(x):
+        shift = F.linear(F.silu(x[:, 0]), WEIGHT)[:, None]
+        return F.layer_norm(x, (8,)) * (1 + shift) + shift
+
+    compiled = torch.compile(func, backend=backend)
+    truth = true_jvp(func, (x,), (tx,))
+    for _ in range(3):  # the first call fills Dynamo's cache
+        close([y.detach() for y in way(compiled, x, tx)], [y.detach() for y in truth])
+
+
 @pytest.mark.parametrize("way", [ours, fused_jvp], ids=lambda f: f.__name__)
 def test_a_compiled_module_inside(way):
     """`module.compile()`: Dynamo steps aside inside of functorch's transforms."""

@@ -379,6 +379,8 @@ ONE = torch.ones(2, 3)
         ((torch.sin, (ONE.int(),), (ONE.int(),)), TypeError, r"primals\[0\]: .*int32.* expected"),
         ((torch.add, (ONE, ONE), (ONE, ONE[0])), ValueError, r"tangents\[1\]: .*\[3\].*\[2, 3\]"),
         ((torch.sin, (ONE,), (ONE.double(),)), TypeError, r"tangents\[0\]: .*float64.*float32"),
+        ((torch.sin, (ONE.to_sparse(),), (ONE,)), TypeError, r"primals\[0\]: .*sparse_coo.*dense"),
+        ((torch.sin, (ONE,), (ONE.to_sparse(),)), TypeError, r"tangents\[0\]: .*sparse_coo.*dense"),
         ((torch.sin, (ONE,), (ONE.to("meta"),)), ValueError, r"tangents\[0\]: .*meta.*cpu"),
     ],
 )

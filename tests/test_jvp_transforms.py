@@ -1,7 +1,10 @@
 """`scm_kernels.jvp` inside and around the transforms of `torch.func`: right, or a clear error."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from networks import close, layer_norm, stock_jvp, true_jvp
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -19,9 +22,9 @@ def perceptron(w, x):
     return torch.tanh(F.layer_norm(torch.tanh(x @ w), (6,))) @ w
 
 
-def attention(w, x):
+def attention(w, x, sdpa=F.scaled_dot_product_attention):
     q = (x @ w).unflatten(1, (2, 3)).transpose(0, 1)
-    out = F.scaled_dot_product_attention(q, q.sin(), torch.tanh(q))
+    out = sdpa(q, q.sin(), torch.tanh(q))
     return out.transpose(0, 1).flatten(1) * x
 
 
@@ -214,12 +217,45 @@ def test_jvp_of_a_gradient_in_the_weights(through):
     close(scm_kernels.jvp(func, (X,), (TX,), tangent_grad=through), want)
 
 
+def grad_in_a_level(f):
+    with forward_ad.dual_level():
+        dual = grad(lambda x: f(x).square().sum())(forward_ad.make_dual(X, TX))
+        return tuple(forward_ad.unpack_dual(dual))
+
+
+OUTSIDE = {
+    "jvp of grad": lambda f: jvp(grad(lambda x: f(x).square().sum()), (X,), (TX,)),
+    "ours": lambda f: scm_kernels.jvp(lambda x: vjp(f, x)[1](X)[0], (X,), (TX,)),
+    "hessian": lambda f: hessian(lambda x: f(x).square().sum())(X),
+    "grad in a level": grad_in_a_level,
+    "a jvp inside": lambda f: jvp(lambda x: jvp(lambda w: f(x) @ w, (W,), (W,))[1], (X,), (TX,)),
+}
+
+
+@pytest.mark.parametrize("door", ["function", "mode"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_attention_of_what_is_dual_at_an_outer_level_alone(name, door):
+    """It is PyTorch's function that is called: its fused kernels have no forward mode, MATH has."""
+    stock, ours = F.scaled_dot_product_attention, scm_kernels.scaled_dot_product_attention
+    sdpa, mode = (ours, nullcontext()) if door == "function" else (stock, scm_kernels.fused())
+
+    def f(x):
+        return attention(W, x, sdpa)
+
+    with mode, pytest.raises(NotImplementedError, match=r"an outer level alone.*kernel\(.*MATH"):
+        OUTSIDE[name](f)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = OUTSIDE[name](lambda x: attention(W, x))
+        with mode:
+            close(OUTSIDE[name](f), want)
+
+
 @BOTH
-def test_jvp_of_a_gradient_of_attention_is_right_or_raises(through):
+def test_jvp_of_a_gradient_of_attention(through):
     def func(x):
         return grad(lambda x: attention(W, x).square().sum())(x)
 
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="an outer level alone"):
         scm_kernels.jvp(func, (X,), (TX,), tangent_grad=through)
     with sdpa_kernel(SDPBackend.MATH):
         want = jvp(func, (X,), (TX,))

@@ -1,7 +1,8 @@
 """`normalized_tangent` and `consistency_loss`: values, gradients, dtypes, layouts, bad samples.
 
 The truth is a formula written here once more, element by element in float64, and differentiated by
-PyTorch's autograd. Transforms and bad input are in `test_tangent_transforms.py`.
+PyTorch's autograd. Transforms are in `test_tangent_transforms.py`, bad input in
+`test_tangent_errors.py`.
 """
 
 import math

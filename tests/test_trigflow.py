@@ -6,6 +6,7 @@ form: with v = cos^2 t s^2 + sin^2 t sd^2, the variance of x_t, it keeps (x - co
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -252,6 +253,18 @@ def test_gradients_flow_through_the_samplers():
     )
 
 
+def test_meta_tensors_and_numbers_of_other_types():
+    x, t = noise(2), torch.rand(2)
+    quarter = trigflow.tangent_inputs(x, x, t, sigma_data=Fraction(1, 4))
+    for a, b in zip(quarter, trigflow.tangent_inputs(x, x, t, sigma_data=0.25), strict=True):
+        assert all(map(torch.equal, a, b))
+    (x_meta, _), (tangent, _) = trigflow.tangent_inputs(x.to("meta"), x.to("meta"), t.to("meta"))
+    assert x_meta.shape == tangent.shape == x.shape
+    assert tangent.is_meta
+    drawn = trigflow.sample_time(2, p_mean=Fraction(-1), p_std=0, sigma_data=Fraction(1, 2))
+    assert torch.equal(drawn, trigflow.sample_time(2, p_mean=-1.0, p_std=0.0))
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 A, T = torch.zeros(3, 2), torch.zeros(3)
@@ -301,6 +314,7 @@ def few(times, noise=A, network=velocity_field, **options):
         (lambda: ode(t_max=2.0), ValueError, "t_max: got 2.0, .*at most 1.57"),
         (lambda: ode(t_max=0.5, t_min=0.5), ValueError, "t_min: got 0.5, expected less than t_max"),
         (lambda: ode(t_min=-0.1), ValueError, "t_min: got -0.1, .*at least 0"),
+        (lambda: ode(sigma_data=10**400), ValueError, "sigma_data: got .*beyond all floats"),
         (lambda: ode(sigma_data="x"), TypeError, "sigma_data: got str 'x'"),
         (lambda: ode(noise=None), TypeError, "noise: got NoneType"),
     ],

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch.pyfunctorch import coerce_cinterpreter
 
 from scm_kernels import _backends, _library
 from scm_kernels.attention import reference, torch_flash
@@ -34,6 +35,18 @@ def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
         tangent = None
     return primal, tangent
+
+
+def is_dual_outside(x: object) -> bool:
+    """Whether x is dual at a level outside of the innermost transform."""
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    if interpreter is None or not isinstance(x, Tensor):
+        return False
+    if functorch.maybe_get_level(x) == interpreter.level():
+        x = functorch.get_unwrapped(x)
+    with coerce_cinterpreter(interpreter).lower():
+        return unpack(x)[1] is not None or is_dual_outside(x)
 
 
 # --- attention_jvp: the forward
@@ -174,9 +187,10 @@ def _autograd_forward(*args):
 def _vmap_forward(info, in_dims, *args):
     """A vmapped dimension is one more batch dimension, folded into B."""
     size, (*tensors, causal, scale, tangent_grad, backend) = info.batch_size, args
-    folded = _fold_all(tensors, in_dims, size, _batch(tensors[0], in_dims[0]))
+    batch = _batch(tensors[0], in_dims[0])
+    folded = _fold_all(tensors, in_dims, size, batch)
     outputs = torch.ops.scm_kernels.attention_jvp(*folded, causal, scale, tangent_grad, backend)
-    return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0, 0, 0, 0)
+    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0, 0, 0, 0)
 
 
 def _batch(q: Tensor, dim: int | None) -> int:

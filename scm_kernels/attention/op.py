@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checks, _library, _plans
+from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention import library
-from scm_kernels.attention.library import unpack
+from scm_kernels.attention.library import is_dual_outside, unpack
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
+_OUTER_LEVEL = (
+    "scaled_dot_product_attention: got a tensor that is dual at an outer level alone (a jvp of a "
+    "grad, a hessian, a jvp around a jvp), where PyTorch's fused kernels have no derivative. Call "
+    "it inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or take the jvp inside: a grad of "
+    "a jvp, jacrev(jacfwd(f))"
+)
 _calls = _plans.Plans()  # kinds of calls that passed the checks, and whose tensors need no view
 
 
@@ -53,7 +60,8 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: dropout with a dual input; a jvp of a jvp; a jvp of a vmap.
+        NotImplementedError: dropout with a dual input; a jvp of a jvp, of a vmap or of a grad (so
+            a hessian too, unless PyTorch's MATH kernel is chosen).
 
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.
@@ -63,6 +71,7 @@ def scaled_dot_product_attention(
     return dual_attention(*args, tangent_grad=getattr(mode, "tangent_grad", True))
 
 
+@never_compiled_alone
 def dual_attention(
     query,
     key,
@@ -80,9 +89,14 @@ def dual_attention(
     # Every input is looked at: the first dual one must not hide a batched one.
     pairs = [_unpack(x) for x in inputs] if forward_ad._current_level >= 0 else []
     if all(tangent is None for _, tangent in pairs):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        try:
+            return F.scaled_dot_product_attention(
+                *inputs, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        except NotImplementedError as error:
+            if not any(map(is_dual_outside, inputs)):
+                raise
+            raise NotImplementedError(_OUTER_LEVEL) from error
     _checks.number("dropout_p", dropout_p)
     if dropout_p != 0.0:
         raise NotImplementedError(
@@ -90,7 +104,7 @@ def dual_attention(
             "and tangent would have to share one dropout mask, which is not supported"
         )
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
-        if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        if isinstance(query, Tensor) and _checks.under_autocast(query):
             pairs = map(unpack, _autocast(inputs))
         (q, tq), (k, tk), (v, tv), (mask, tmask) = pairs
         tensors = (q, k, v, tq, tk, tv, mask, tmask)
@@ -198,10 +212,9 @@ def _dual_level():
 
 def _autocast(tensors: tuple) -> tuple:
     """As autocast does for PyTorch's own function: floats but float64 to the lower precision."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not isinstance(tensors[0], Tensor) or not _checks.under_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         x.to(dtype)
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -253,6 +266,8 @@ def _distinct(is_causal, scale, enable_gqa) -> bool:
 def _check(tensors, is_causal, scale, enable_gqa) -> None:
     query, key, value, _, _, _, attn_mask, t_attn_mask = tensors
     _check_options(is_causal, scale, enable_gqa)
+    for name, x in zip(_TENSORS, tensors, strict=True):
+        _checks.dense(name, x)
     _checks.tensor("query", query)
     _checks.like("key", key, "query", query, shape=False)
     _checks.like("value", value, "query", query, shape=False)

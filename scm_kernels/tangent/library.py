@@ -26,23 +26,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _fold(info, in_dims, tensors) -> list[Tensor]:
-    """A vmapped dimension is one more batch dimension, folded into B."""
-    folded = []
-    for x, dim in zip(tensors, in_dims, strict=False):
-        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        folded.append(x.flatten(0, 1))
-    return folded
-
-
 def _vmap(op):
-    """The batching rule that all ops share."""
+    """The batching rule that all ops share: a vmapped dimension is folded into B."""
 
     def rule(info, in_dims, *args):
-        tensors = [x for x in args if isinstance(x, Tensor)]  # they come first
-        folded = _fold(info, in_dims, tensors)
-        out = op(*folded, *args[len(tensors) :])
-        return out.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
+        size = info.batch_size
+        tensors = [
+            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args, in_dims, strict=True)
+            if isinstance(x, Tensor)  # they come first
+        ]
+        out = op(*(x.flatten(0, 1) for x in tensors), *args[len(tensors) :])
+        return out.unflatten(0, (size, tensors[0].shape[1])), 0
 
     return rule
 

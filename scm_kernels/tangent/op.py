@@ -227,13 +227,14 @@ def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int]]:
     """The four inputs, checked, as [B, D] in output's order of memory, and that order."""
     tensors = {"output": output, "dxdt": dxdt, "x_t": x_t, "jvp": jvp}
     for name, x in tensors.items():
+        _checks.dense(name, x)
         _checks.tensor(name, x)
     if output.ndim < 1 or math.prod(output.shape[1:]) == 0:
         raise ValueError(
             f"output: got {_checks.describe(output)}, expected [B, ...] with an element or more "
             "a sample"
         )
-    if torch.is_autocast_enabled(output.device.type):
+    if _checks.under_autocast(output):
         # As PyTorch's own ops of several inputs do under autocast: the widest dtype.
         wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors.values()))
         tensors = {name: x.to(wide) for name, x in tensors.items()}
@@ -262,10 +263,9 @@ def _options(preset, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
         if warmup.ndim > 0:
             _check_scalar("warmup", warmup, output)
     else:
-        _checks.number("warmup", warmup, low=0.0, high=1.0)
-    _checks.number("sigma_data", sigma_data, above=0.0)
-    c = preset.c if c is None else c
-    _checks.number("c", c, low=0.0)
+        warmup = _checks.number("warmup", warmup, low=0.0, high=1.0)
+    sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
+    c = _checks.number("c", preset.c if c is None else c, low=0.0)
     nan_policy = preset.nan_policy if nan_policy is None else nan_policy
     _one_of("nan_policy", nan_policy, ("propagate", "zero"))
     zero = nan_policy == "zero"
@@ -290,6 +290,7 @@ def _check_loss(preset, output, log_weight, warmup, reduction) -> None:
 
 def _check_scalar(name: str, value: object, output: Tensor) -> None:
     """`value` must be floating point, one number a sample of output."""
+    _checks.dense(name, value)
     _checks.tensor(name, value)
     if value.shape != output.shape[:1]:
         raise ValueError(

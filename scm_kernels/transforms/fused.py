@@ -7,8 +7,9 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention.op import has_tangent
-from scm_kernels.transforms.rules import RULES
+from scm_kernels.transforms.rules import RULES, attention
 
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
@@ -46,13 +47,17 @@ class Fused(TorchFunctionMode):
         self.forget_level = forget_level
         self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
 
+    @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if forward_ad._current_level < 0 or func in _DUAL_FUNCTIONS:
             return func(*args, **kwargs)
         self.tangent_grad = self.forget_level is None or self.forget_level != current_level()
         rule = RULES.get(func)
-        if rule is not None and any(map(has_tangent, (*args, *kwargs.values()))):
+        # Attention looks for itself, also for tangents of outer levels.
+        if rule is attention or (
+            rule is not None and any(map(has_tangent, (*args, *kwargs.values())))
+        ):
             return rule(self, *args, **kwargs)
         custom = _is_custom(func)
         if custom:

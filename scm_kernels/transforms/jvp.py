@@ -42,7 +42,7 @@ def jvp(
     Raises:
         TypeError, ValueError: primals or tangents do not fit; the message names the one.
         NotImplementedError: an op inside would lose its tangent (a custom op without a rule, a jvp
-            of a jvp).
+            of a jvp), or attention has no such derivative (a jvp of a vmap or of a grad).
 
     Source: Lu & Song, arXiv 2410.11081, section 4 (the tangent of a consistency model is one JVP).
     """
@@ -107,5 +107,7 @@ def _check(primals, tangents) -> None:
             f"tangents: got the structure {tangent_spec}, expected that of primals, {spec}"
         )
     for i, (primal, tangent) in enumerate(zip(flat, flat_tangents, strict=True)):
+        _checks.dense(f"primals[{i}]", primal)
+        _checks.dense(f"tangents[{i}]", tangent)
         _checks.tensor(f"primals[{i}]", primal)
         _checks.like(f"tangents[{i}]", tangent, f"primals[{i}]", primal)
