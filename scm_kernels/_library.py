@@ -144,6 +144,8 @@ def without_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return kernel(*args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return kernel(*args)
 

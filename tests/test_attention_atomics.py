@@ -58,7 +58,7 @@ def gradient_of(dtype=BF16, d=64, wanted="qkv", **options) -> list[torch.Tensor]
         ({"dtype": F32}, ["rows", "keys", "queries"]),
         ({"attn_mask": torch.ones(40, dtype=torch.bool)}, ["rows", "keys", "queries"]),
     ],
-    ids=str,
+    ids=["plain", "of tangents too", "of queries alone", "parts", "float32", "mask"],
 )
 def test_where_they_are_used(atomics, options, expected):
     with offline.gpu("sm_80") as launches:

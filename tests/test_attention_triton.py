@@ -212,8 +212,10 @@ def test_compiles_for(target):
 @slow
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_wide_heads_compile(dtype):
-    """256 features, the most there are: on an A100, and in 99 KiB of shared memory."""
-    names = ("forward", "backward, both, six")
+    """256 features, the most there are: on an A100, and in 99 KiB of shared memory. (The float32
+    backward alone would take two minutes.)"""
+    every = dtype == BF16 or os.environ.get("EVERY_KERNEL") == "1"
+    names = ("forward", "backward, both, six") if every else ("forward",)
     jobs = [(a100.Problem(name, dtype, 256), "sm_80") for name in names]
     jobs.append((a100.Problem("forward", dtype, 256), "sm_89"))
     assert all(len(kernels) > 0 for kernels in _in_processes(jobs))
