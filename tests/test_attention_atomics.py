@@ -18,6 +18,7 @@ ATOMIC = [
     Case("atomic_d40_e64_f16", F16, d=40, e=64, **LONG),
     # Keys out of bounds, of a row whose own have large negative scores: exp(0 - lse) is infinite.
     Case("atomic_negative", BF16, d=64, shared=16.0, scale=-0.3, **LONG),
+    Case("atomic_column", BF16, d=64, layout="column", **LONG),
     Case("atomic_no_tangent_of_keys", BF16, d=64, tangents="q", **LONG),
 ]
 

@@ -26,9 +26,9 @@ _KERNELS = {
 _NAMES = (
     *("q", "k", "v", "tq", "tk", "tv", "mask", "tmask", "dout", "dt_out", "out", "t_out"),
     *("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask"),
-    "sum_q",  # what is added up by atomics, at the place of `_SUM_Q`
+    "sum_q",  # what is added up by atomics
 )
-_SUM_Q = -1
+_DQ, _SUM_Q = _NAMES.index("dq"), _NAMES.index("sum_q")
 _MASKS = ("mask", "tmask", "dmask", "dtmask")
 
 
@@ -89,7 +89,7 @@ class _Plan:
         for i in self.absent:
             views[i] = None
         if self.atomic:
-            (b, h, m, d) = p.q.shape
+            b, h, m, d = p.q.shape
             sum_q = views[_SUM_Q] = p.lse.new_zeros(b, h, self.padded, d)
         scratch = p.lse.new_empty(*self.scratch, self.padded).unbind()
         lse, delta, mu, beta = scratch if len(scratch) == 4 else (*scratch, None, None)
@@ -103,7 +103,7 @@ class _Plan:
             gradients = (None if i is None else views[i] for i in one.gradients)
             one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
         if self.atomic:
-            torch.mul(sum_q[:, :, :m], p.scale, out=p.dq)
+            torch.mul(sum_q[:, :, :m], p.scale, out=tensors[_DQ])
         for i in self.copied:
             getattr(p, _NAMES[i]).copy_(tensors[i])
 
