@@ -114,27 +114,29 @@ def _older_vmap(op: Callable, rule: Callable) -> Callable:
     `torch.autograd.grad(is_grads_batched=True)` and `torch.autograd.functional.jacobian`."""
 
     def run(*args):
-        args = list(args)
+        args, in_dims = list(args), [None] * len(args)
         tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
-        innermost = torch._C._vmapmode_increment_nesting() - 1
+        level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        for level in range(innermost, 0, -1):
-            for i in tensors:  # its batch, or one of 1, goes first
-                args[i] = torch._remove_batch_dim(args[i], level, 1, 0)
-            size = max(args[i].shape[0] for i in tensors)
-            in_dims = [None] * len(args)
-            for i in tensors:
-                if args[i].shape[0] == size != 1:
-                    in_dims[i] = 0
-                else:
-                    args[i] = args[i][0]
-            if size != 1:
-                out, out_dims = rule(SimpleNamespace(batch_size=size), in_dims, *args)
-                if isinstance(out, Tensor):
-                    return torch._add_batch_dim(out, out_dims, level)
-                pairs = zip(out, out_dims, strict=True)
-                return [torch._add_batch_dim(x, dim, level) for x, dim in pairs]
-        return op(*args)
+        for i in tensors:  # its batch, or one of 1, goes first
+            args[i] = torch._remove_batch_dim(args[i], level, 1, 0)
+        if any(torch._C._functorch.is_legacy_batchedtensor(args[i]) for i in tensors):
+            raise NotImplementedError(
+                "scm_kernels: a batch of gradients (is_grads_batched) inside of another is not "
+                "supported; take torch.func.vmap of a torch.func.vjp"
+            )
+        size = max(args[i].shape[0] for i in tensors)
+        for i in tensors:
+            if args[i].shape[0] == size != 1:
+                in_dims[i] = 0
+            else:
+                args[i] = args[i][0]
+        if size == 1:  # PyTorch expands what has no batch
+            return op(*args)
+        out, out_dims = rule(SimpleNamespace(batch_size=size), in_dims, *args)
+        if isinstance(out, Tensor):
+            return torch._add_batch_dim(out, out_dims, level)
+        return [torch._add_batch_dim(x, dim, level) for x, dim in zip(out, out_dims, strict=True)]
 
     return run
 

@@ -3,6 +3,7 @@ behind: the short way past PyTorch's dispatcher is not for them."""
 
 import pytest
 import torch
+from torch._vmap_internals import _vmap
 from torch.autograd.functional import jacobian
 from torch.func import grad, vjp
 
@@ -79,7 +80,7 @@ def test_tensors_that_were_kept():
 @pytest.mark.parametrize("output", [0, 1])
 @pytest.mark.parametrize("wanted", [0, 1, 3])
 def test_gradients_in_a_batch(output, wanted):
-    """PyTorch's older vmap, one level and two."""
+    """PyTorch's older vmap."""
     x = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
     y = attention_jvp(*x)[output]
     if output == 0 and wanted == 3:
@@ -91,6 +92,18 @@ def test_gradients_in_a_batch(output, wanted):
         )
         expected = [torch.autograd.grad(y, x[wanted], c, retain_graph=True)[0] for c in several]
         torch.testing.assert_close(actual[0], torch.stack(expected))
+
+
+def test_a_batch_of_batches_raises():
+    x = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
+    outputs = attention_jvp(*x)
+
+    def gradient(*cotangents):
+        return torch.autograd.grad(outputs, x, cotangents, retain_graph=True)
+
+    first, second = torch.randn(2, *SHAPE), torch.randn(3, *SHAPE)
+    with pytest.raises(NotImplementedError, match=r"inside of another.*torch\.func\.vmap"):
+        _vmap(lambda a: _vmap(lambda b: gradient(a, b))(second))(first)
 
 
 def test_jacobians_in_one_pass():

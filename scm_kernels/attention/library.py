@@ -227,7 +227,6 @@ def _backward(dout, dt_out, *args):
     gradients = _empty_backward(dout, dt_out, *args)
     if 0 in lse.shape:
         return [x.zero_() for x in gradients if x is not None]
-    cotangents = _rowwise(dout), _rowwise(dt_out)
     problem = Backward(
         *(_rowwise(x) for x in tensors[:6]),
         *tensors[6:],
@@ -235,13 +234,15 @@ def _backward(dout, dt_out, *args):
         scale,
         *(_rowwise(out), _rowwise(t_out)),
         *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
-        *cotangents,
+        *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
     factor = _factor(problem)
     if factor is not None:
-        scaled = (None if x is None else (x * factor).to(x.dtype) for x in cotangents)
-        problem = problem._replace(**dict(zip(("dout", "dt_out"), scaled, strict=True)))
+        dout, dt_out = (
+            None if x is None else (x * factor).to(x.dtype) for x in (problem.dout, problem.dt_out)
+        )
+        problem = problem._replace(dout=dout, dt_out=dt_out)
     _backends.run("attention", "backward", problem, backend, torch_flash)
     return [x for x in gradients if x is not None]
 

@@ -143,6 +143,11 @@ class _Tiles:
         """scale Q, or scale tQ, of a tile of rows."""
         return None if x is None else self.rows(x, rows) * self.problem.scale
 
+    def lse(self, rows: slice) -> Tensor:
+        """Of a backward, for P = exp(S - lse): +inf in a dead row, where P = 0."""
+        lse = self.rows(self.problem.lse[..., None], rows)
+        return lse.masked_fill(lse == -math.inf, math.inf)
+
     def scores(self, q, tq, rows: slice, keys: slice):
         """(S, T, live) of a tile [B, Hk, G, rows, keys] from scaled rows; T None: no tangent."""
         p = self.problem
@@ -264,10 +269,10 @@ def row_sums(problem: Backward) -> Tensor:
     """The sums of P = exp(S - lse) over the keys [B, H, M]: 1, as far as lse holds log(l)."""
     tiles, sums = _Tiles(problem), torch.zeros_like(problem.lse)
     for rows in tiles.row_tiles():
-        q, lse = tiles.scaled_rows(problem.q, rows), tiles.rows(problem.lse[..., None], rows)
+        q, lse = tiles.scaled_rows(problem.q, rows), tiles.lse(rows)
         for keys in tiles.key_tiles(rows):
             s, _, _ = tiles.scores(q, None, rows, keys)
-            p = torch.exp(s.flatten(2, 3) - lse.masked_fill(lse == -math.inf, math.inf))
+            p = torch.exp(s.flatten(2, 3) - lse)
             sums[:, :, rows] += p.sum(-1).reshape(*sums.shape[:2], -1)
     return sums
 
@@ -282,9 +287,8 @@ class _RowGradient:
         out, t_out, self.do, self.dto = (
             tiles.rows(x, rows) for x in (p.out, p.t_out, p.dout, p.dt_out)
         )
-        lse = tiles.rows(p.lse[..., None], rows)
-        self.lse = lse.masked_fill(lse == -math.inf, math.inf)  # P = exp(S - lse) = 0 in a dead row
-        self.delta = torch.zeros_like(lse)
+        self.lse = tiles.lse(rows)
+        self.delta = torch.zeros_like(self.lse)
         if self.do is not None:
             self.delta += (self.do * out).sum(-1, keepdim=True)
         if self.dto is not None:

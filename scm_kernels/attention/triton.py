@@ -43,7 +43,7 @@ def plan_forward(problem: Forward) -> Callable[[Forward], None]:
     """One pass over the keys."""
     from scm_kernels.attention.triton_forward import plan_attention_forward
 
-    return _following(plan_attention_forward, problem, _PRECISION[problem.q.dtype])
+    return _following(plan_attention_forward, problem, *_precision_switch(problem))
 
 
 @_triton.without_bfloat16("dq", "dk", "dv", "dtq", "dtk", "dtv", "dmask", "dtmask")
@@ -51,11 +51,13 @@ def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """The closed form, in a pass for each kind of gradient."""
     from scm_kernels.attention.triton_backward_plan import plan_attention_backward
 
-    return _following(plan_attention_backward, problem, _PRECISION[problem.q.dtype], _atomics)
+    return _following(plan_attention_backward, problem, _atomics, *_precision_switch(problem))
 
 
 def _following(plan: Callable, problem: Forward | Backward, *switches: Callable) -> Callable:
     """What runs problems of one kind by what the switches are at the time."""
+    if not switches:
+        return plan(problem)
     plans = {}
 
     def run(problem):
@@ -72,7 +74,8 @@ def _float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_PRECISION = dict.fromkeys(_DTYPES, lambda: "ieee") | {torch.float32: _float32_precision}
+def _precision_switch(problem: Forward | Backward) -> tuple[Callable, ...]:
+    return (_float32_precision,) if problem.q.dtype == torch.float32 else ()
 
 
 def _atomics() -> bool:

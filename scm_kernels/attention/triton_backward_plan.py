@@ -33,11 +33,11 @@ _MASKS = ("mask", "tmask", "dmask", "dtmask")
 
 
 def plan_attention_backward(
-    problem: Backward, precision: str, atomics: bool
+    problem: Backward, atomics: bool, precision: str = "ieee"
 ) -> Callable[[Backward], None]:
-    """What writes the gradients that are wanted; `precision` is that of products in float32,
-    `atomics` allows them where there are tiles for them."""
-    return _Plan(problem, precision, atomics).run
+    """What writes the gradients that are wanted; `atomics` allows them where there are tiles for
+    them, `precision` is that of products in float32."""
+    return _Plan(problem, atomics, precision).run
 
 
 def _tensors(p: Backward) -> list[Tensor | None]:
@@ -58,7 +58,7 @@ class _Pass:
 class _Plan:
     """How problems of one kind are launched."""
 
-    def __init__(self, p: Backward, precision: str, atomics: bool):
+    def __init__(self, p: Backward, atomics: bool, precision: str):
         tensors = _tensors(p)
         self.copied = []  # gradients whose last dimension is not contiguous, by way of one that is
         for i, (name, x) in enumerate(zip(_NAMES, tensors, strict=True)):

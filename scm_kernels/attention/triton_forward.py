@@ -321,7 +321,7 @@ def attention_forward_kernel(
 # --- host
 
 
-def plan_attention_forward(problem: Forward, precision: str) -> Callable[[Forward], None]:
+def plan_attention_forward(problem: Forward, precision: str = "ieee") -> Callable[[Forward], None]:
     """What writes out, t_out, lse, mu; `precision` is that of products in float32."""
     launch, strides, numbers = _plan(problem, precision)
     absent = [i for i, x in enumerate(strides) if x is None]
