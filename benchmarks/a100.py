@@ -24,12 +24,12 @@ import torch
 
 import scm_kernels
 from benchmarks import offline, offline_cuda, tools
+from benchmarks.cases import HEAD_DIMS
 from benchmarks.common import report, with_progress
 from scm_kernels import _cuda
 from scm_kernels.attention import triton
 from scm_kernels.attention.triton_backward_config import atomic_row
 
-HEAD_DIMS = (64, 72, 96, 112, 128)
 LENGTH = 4096
 CLOCK, PROCESSORS = 1.41e9, 108  # Hz, multiprocessors
 # pass: (products that the mathematics needs, cotangents of out and t_out, gradients)

@@ -134,15 +134,17 @@ TINY = [
     *tangents([(4, 4, 16, 16)], ("float32",), ("tangent",)),
     *networks([(2, 64, 64, 1, 2)], [(2, 64, 64, 1, 2)], ("float32",)),
 ]
+HEAD_DIMS = (64, 72, 96, 112, 128)
 LATENTS = [(256, 4, 64, 64), (64, 16, 128, 128), (1, 2_000_000), (8, 16, 21, 60, 104)]
 XL_BLOCK, B_STEP, XL_STEP = (8, 256, 1152, 1, 16), (8, 256, 768, 12, 12), (32, 256, 1152, 28, 16)
 
 
 def _quick(device: str) -> list[Case]:
-    runs = tuple(ATTENTION_RUNS)
+    runs, long = tuple(ATTENTION_RUNS), ("forward", "out", "both")
     if device == "cuda":
         return [
             *sweep((256, 1024, 4096, 8192), HALF, runs),
+            *(case for d in HEAD_DIMS for case in sweep((4096,), HALF, long, h=16, d=d)),
             *of_model("dit", ("forward", "out")),
             *tangents(LATENTS[:2], HALF),
             *networks([XL_BLOCK], [B_STEP], HALF),
