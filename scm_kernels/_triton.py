@@ -173,9 +173,10 @@ def without_bfloat16(*outputs: str) -> Callable:
                 if isinstance(x, Tensor) and x.dtype == torch.bfloat16
             }
             widened = problem._replace(**wide)
-            plan(widened)(widened)
+            result = plan(widened)(widened)
             for name in wide.keys() & set(outputs):
                 getattr(problem, name).copy_(wide[name])
+            return result
 
         return planned
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_attention as shared
@@ -18,7 +19,7 @@ from attention_cases import Case, draw
 
 import scm_kernels
 from scm_kernels import _backends, _triton, attention_jvp
-from scm_kernels.attention import torch_flash, triton_config
+from scm_kernels.attention import reference, torch_flash, triton_config
 from scm_kernels.attention import triton as attention_triton
 from scm_kernels.attention.problem import Backward, Forward
 
@@ -370,6 +371,15 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypa
     meta = Backward(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in problem))
     gradients = torch_flash._on_gpu(meta)
     assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_pytorchs_flash_backward_stands_back_where_it_is_slower(monkeypatch):
+    problem = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch_flash, "refuses", lambda problem: None)
+    for architecture, served in (("sm_80", True), ("sm_90", False)):
+        monkeypatch.setattr(_triton, "architecture", lambda device, name=architecture: name)
+        assert torch_flash.serves(problem, attention_triton) == served
+        assert torch_flash.serves(problem, reference)
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():

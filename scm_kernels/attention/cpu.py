@@ -5,6 +5,7 @@ from torch import Tensor
 
 from scm_kernels import _native
 from scm_kernels.attention.problem import Backward, Forward
+from scm_kernels.attention.reference import factors  # noqa: F401 - a step of its backward
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 

@@ -237,30 +237,21 @@ def _backward(dout, dt_out, *args):
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
-    factor = _factor(problem)
-    if factor is not None:
-        dout, dt_out = (
-            None if x is None else (x * factor).to(x.dtype) for x in (problem.dout, problem.dt_out)
-        )
-        problem = problem._replace(dout=dout, dt_out=dt_out)
+    if problem.mask is not None and problem.mask.dtype != torch.bool:
+        problem = _corrected(problem, backend)
     _backends.run("attention", "backward", problem, backend, torch_flash)
     return [x for x in gradients if x is not None]
 
 
-_LOST = 2.0**14  # an lse beyond it is off by 0.0005 and more, and P by a factor in every row
-
-
-def _factor(p: Backward) -> Tensor | None:
-    """What P is off by in each row [B, H, M, 1], None if in none: where an added mask drowns the
-    scores (finfo.min), lse = m + log(l) is m, and has lost the logarithm of their count.
-
-    All gradients are linear in the cotangents, row by row, so that those can take the factor. On a
-    GPU it is left alone: to ask would wait for the GPU.
-    """
-    if p.mask is None or p.mask.dtype == torch.bool or p.q.device.type != "cpu":
-        return None
-    lost = (p.lse.abs() > _LOST) & p.lse.isfinite()
-    return 1.0 / reference.row_sums(p).where(lost, 1.0)[..., None] if lost.any() else None
+def _corrected(p: Backward, backend: str) -> Backward:
+    """With the factors of P in the cotangents: all gradients are linear in those, row by row."""
+    factors = _backends.plan("attention", "factors", p, backend)(p)
+    if factors is None:
+        return p
+    dout, dt_out = (
+        None if x is None else (x * factors[..., None]).to(x.dtype) for x in (p.dout, p.dt_out)
+    )
+    return p._replace(dout=dout, dt_out=dt_out)
 
 
 class _AttentionBackward(_library.Function):

@@ -265,8 +265,23 @@ def backward(problem: Backward) -> None:
             getattr(problem, name).copy_(total)
 
 
-def row_sums(problem: Backward) -> Tensor:
-    """The sums of P = exp(S - lse) over the keys [B, H, M]: 1, as far as lse holds log(l)."""
+LOST = 2.0**14  # an lse beyond it is off by 0.0005 and more, and P by a factor in every row
+
+
+def factors(problem: Backward) -> Tensor | None:
+    """What P = exp(S - lse) is to be multiplied by in each row [B, H, M], None where nothing is.
+
+    Where an added mask drowns the scores (finfo.min), lse = m + log(l) is m, and has lost the
+    logarithm of their count: the rows of P add up to that, and not to 1.
+    """
+    lost = (problem.lse.abs() > LOST) & problem.lse.isfinite()
+    if problem.lse.device.type == "cpu" and not lost.any():  # elsewhere to ask would wait
+        return None
+    return 1.0 / _row_sums(problem).where(lost, 1.0)
+
+
+def _row_sums(problem: Backward) -> Tensor:
+    """The sums of P over the keys [B, H, M]."""
     tiles, sums = _Tiles(problem), torch.zeros_like(problem.lse)
     for rows in tiles.row_tiles():
         q, lse = tiles.scaled_rows(problem.q, rows), tiles.lse(rows)

@@ -1,5 +1,6 @@
 """The backward of attention in Triton: a kernel for each kind of gradient.
 
+    factors   under a mask that is added, what P is off by in each row
     rows      what the others need of every row, to scratch memory
     keys      dk, dv: a program for each tile of keys, over the rows of all heads that share it
     queries   dq, dtq: a program for each tile of rows, over the keys
@@ -18,8 +19,49 @@ mathematics is in `triton_gradients.py`, the launches are in `triton_backward_pl
 import triton
 import triton.language as tl
 
+from scm_kernels.attention import reference
 from scm_kernels.attention import triton_gradients as gradients
 from scm_kernels.attention import triton_tiles as tiles
+
+LOST = tl.constexpr(reference.LOST)
+
+
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
+def attention_backward_factors_kernel(
+    x, lse, factors, M, N, H, GROUP, scale, META: tl.constexpr
+):  # fmt: skip
+    """`reference.factors` of a tile of rows: 1 / rowsum(P) where lse has lost log(l), 1 elsewhere.
+
+    Few tiles have such a row; the others are done when they have seen their lse.
+    """
+    ROWS: tl.constexpr = META.BLOCK_M
+    KEYS: tl.constexpr = META.BLOCK_N
+    row_tiles = tl.cdiv(M, ROWS)
+    index, row = tl.program_id(0) // row_tiles, (tl.program_id(0) % row_tiles) * ROWS
+    batch, head = index // H, index % H
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < M
+    at = tl.cast(index, tl.int64) * M + rows
+    log_sum = tl.load(lse + at, mask=inside, other=0.0)
+    lost = (tl.abs(log_sum) > LOST) & (tl.abs(log_sum) < float("inf"))
+    sums = tl.full([ROWS], 1.0, tl.float32)
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        q = tiles.load_rows(x.q, batch, head, row, inside, ROWS, META.D, META.VEC)
+        sums = tl.zeros([ROWS], tl.float32)
+        end = N
+        if META.CAUSAL:
+            end = tl.minimum(N, row + ROWS)
+        for key in range(0, end, KEYS):
+            keys = key + tl.arange(0, KEYS)
+            live = (keys < N)[None, :]
+            if META.CAUSAL:
+                live = live & (keys[None, :] <= rows[:, None])
+            k = tiles.load_rows(x.k, batch, head // GROUP, key, keys < N, KEYS, META.D, META.VEC)
+            mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, False, True, META)
+            s = gradients.product(q, k, None, META.PRECISION)
+            p = gradients.probabilities(s, mask, live, log_sum[:, None], scale)
+            sums += tl.sum(p, 1)
+    tl.store(factors + at, tl.where(lost, 1.0 / sums, 1.0), mask=inside)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Tiles of the backward kernels of attention in Triton, each with its reason.
 
 Speeds are modelled for an A100 (bfloat16, M = N = 4096) and count all products that a kernel makes;
-no row has been measured on a GPU. What decides is registers: 255 a thread hold two sums of features
+those of "hopper" are measured. What decides is registers: 255 a thread hold two sums of features
 and about four tiles of scores. A warp with 32 rows of a product uses each operand that it loads
 from shared memory twice; with 16 rows once, and then loads, not tensor cores, are the limit. So
 tiles are tall in what they sum for and narrow in what they walk along. Of rows within 5% of each
@@ -17,6 +17,7 @@ from scm_kernels.attention.triton_config import INTERPRETER, Row, family
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
 
 _ROWS = (Row(256, 32, 16, 8, 1),)  # bound by memory: any tile that fits registers
+FACTORS = Row(256, 32, 32, 4, 1, widest=32)  # seldom more than a look at lse: any tile that fits
 
 # Of the queries' kernel through both outputs, where registers or shared memory are short.
 _LITTLE_ROOM = (
@@ -75,19 +76,44 @@ _AMD_QUERIES = (Row(128, 128, 16, 4, 1), Row(256, 32, 16, 4, 1))
 
 # What differs elsewhere, by `triton_config.family`.
 _ELSEWHERE = {
-    "hopper": {  # operands in shared memory, and registers for their addresses
+    # Measured on an H200 (ms of a kernel at B = 2, H = 16, M = N = 4096): operands are in shared
+    # memory, whose loads run far ahead, and a product has 64 rows or more a group of four warps.
+    "hopper": {
         ("keys", "out"): (
-            Row(112, 32, 64, 4, 3),
-            Row(128, 32, 64, 4, 2),
+            Row(80, 64, 64, 4, 3),  # 0.66 at 64; 128 keys give 0.72
+            Row(96, 64, 128, 8, 3),
+            Row(128, 64, 128, 8, 4, step=128, causal=False),  # 1.11 at 128; would spill if causal
+            Row(128, 64, 128, 8, 2, step=128),  # 1.38
             _HALF["keys", "out"][-1],
         ),
-        ("keys", "both"): _HALF["keys", "both"][2:],
         ("queries", "out"): (
-            Row(80, 128, 32, 4, 2),
-            Row(128, 128, 64, 8, 2),
+            Row(64, 64, 128, 4, 3),  # 0.43; 64 keys give 0.46
+            Row(80, 64, 64, 4, 3),
+            Row(96, 128, 64, 8, 3),
+            Row(128, 128, 64, 8, 3, step=128),  # 0.79 at 128; two parts of 64 give 0.86
             _HALF["queries", "out"][-1],
         ),
-        ("queries", "both"): _HALF["queries", "both"][1:],
+        ("keys", "both"): (
+            Row(64, 64, 128, 8, 3, causal=False),  # 1.67; would spill if causal
+            Row(64, 32, 64, 4, 3),  # 1.78
+            Row(80, 32, 128, 8, 3),
+            Row(96, 32, 128, 8, 3, causal=False),
+            Row(96, 32, 128, 8, 2),
+            Row(128, 32, 128, 8, 3, step=128, causal=False),  # 2.82 at 128; would spill if causal
+            Row(128, 16, 128, 8, 3, step=128),  # 4.17
+            _HALF["keys", "both"][-1],
+        ),
+        ("queries", "both"): (
+            Row(64, 128, 64, 8, 3),  # 1.06; 16 keys give 1.67
+            Row(96, 128, 32, 8, 3),
+            Row(128, 128, 32, 8, 3, step=128),  # 2.24 at 128; two parts of 64 give 2.37
+            _HALF["queries", "both"][-1],
+        ),
+        ("queries", "both, dtq"): (
+            Row(64, 128, 64, 8, 3),  # 1.17; 16 keys give 1.76
+            Row(96, 128, 32, 8, 3),
+            *_HALF["queries", "both, dtq"][1:],  # 32 keys would spill
+        ),
     },
     "small": {  # the same as far as 99 KiB hold it
         ("keys", "out"): (*_HALF["keys", "out"][:2], Row(256, 32, 16, 4, 2, step=64)),
@@ -156,24 +182,47 @@ _ELSEWHERE = {
     },
 }
 
-# Under a mask that all rows share, whose tile takes some registers too: on an A100, where the rows
-# above would spill.
+# Under a mask that all rows share, whose tile takes some registers too: where the rows above would
+# spill, by family.
 _PADDED = {
-    ("keys", "out"): (
-        Row(80, 32, 64, 4, 3),  # 147
-        Row(112, 16, 64, 4, 3),  # 146 at 96 features
-        Row(128, 128, 64, 8, 1),  # 122, where 64 rows in flight give 103
-        _HALF["keys", "out"][-1],
-    ),
-    ("keys", "both"): (
-        Row(80, 16, 64, 4, 3),
-        Row(112, 16, 128, 8, 2, step=32),
-        *_HALF["keys", "both"][3:],
-    ),
-    ("queries", "out"): (
-        Row(80, 128, 32, 4, 2),
-        *_HALF["queries", "out"][1:],
-    ),
+    "large": {
+        ("keys", "out"): (
+            Row(80, 32, 64, 4, 3),  # 147
+            Row(112, 16, 64, 4, 3),  # 146 at 96 features
+            Row(128, 128, 64, 8, 1),  # 122, where 64 rows in flight give 103
+            _HALF["keys", "out"][-1],
+        ),
+        ("keys", "both"): (
+            Row(80, 16, 64, 4, 3),
+            Row(112, 16, 128, 8, 2, step=32),
+            *_HALF["keys", "both"][3:],
+        ),
+        ("queries", "out"): (
+            Row(80, 128, 32, 4, 2),
+            *_HALF["queries", "out"][1:],
+        ),
+    },
+    "hopper": {
+        ("keys", "out"): (
+            *_ELSEWHERE["hopper"]["keys", "out"][:2],
+            Row(128, 32, 64, 4, 3, step=128),
+            _HALF["keys", "out"][-1],
+        ),
+        ("queries", "out"): _ELSEWHERE["hopper"]["queries", "out"][1:],
+        ("keys", "both"): (
+            Row(64, 32, 64, 4, 3),
+            *_ELSEWHERE["hopper"]["keys", "both"][2:],
+        ),
+        ("queries", "both"): (
+            Row(64, 64, 32, 4, 3),
+            *_ELSEWHERE["hopper"]["queries", "both"][1:],
+        ),
+        ("queries", "both, dtq"): (
+            Row(64, 64, 32, 4, 3),
+            Row(80, 128, 32, 8, 3, step=32),  # two parts of features, 64 and 16, would spill
+            *_HALF["queries", "both, dtq"][1:],
+        ),
+    },
 }
 
 # Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
@@ -295,8 +344,8 @@ def backward_row(
         tables = [_FLOAT]
     elif masked:
         tables = [_MASKED_ELSEWHERE.get(gpu, {}), _MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
-    elif padded and gpu == "large":
-        tables = [_PADDED, _HALF]
+    elif padded:
+        tables = [_PADDED.get(gpu, {}), _ELSEWHERE.get(gpu, {}), _HALF]
     else:
         tables = [_ELSEWHERE.get(gpu, {}), _HALF]
     table = next(t[kind] for t in tables if kind in t)

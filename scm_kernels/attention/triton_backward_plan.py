@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,7 +13,12 @@ from scm_kernels import _triton
 from scm_kernels.attention import triton_backward as kernels
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Backward
-from scm_kernels.attention.triton_backward_config import PADDING, atomic_row, backward_row
+from scm_kernels.attention.triton_backward_config import (
+    FACTORS,
+    PADDING,
+    atomic_row,
+    backward_row,
+)
 from scm_kernels.attention.triton_gradients import Meta, Operands
 from scm_kernels.attention.triton_tiles import View, mask_strides
 
@@ -38,6 +44,34 @@ def plan_attention_backward(
     """What writes the gradients that are wanted; `atomics` allows them where there are tiles for
     them, `precision` is that of products in float32."""
     return _Plan(problem, atomics, precision).run
+
+
+class _Scored(NamedTuple):
+    """What P is computed from."""
+
+    q: View
+    k: View
+    mask: View
+
+
+def plan_attention_factors(p: Backward, precision: str = "ieee") -> Callable[[Backward], Tensor]:
+    """What gives `reference.factors` under a mask that is added."""
+    (b, h, m, d), (hk, n) = p.q.shape, p.k.shape[1:3]
+    vec = _triton.vector(p.q, p.k)
+    strides = _triton.strides(p.q, vec), _triton.strides(p.k, vec), mask_strides(p.mask)
+    features = FACTORS.features(d)
+    meta = Meta(features, features, vec, p.causal, precision, FACTORS.block_m, FACTORS.block_n)
+    programs = b * h * triton.cdiv(m, FACTORS.block_m)
+    options = FACTORS.options(_triton.architecture(p.q.device))
+    launch = _triton.Launch(kernels.attention_backward_factors_kernel, programs, **options)
+
+    def run(p: Backward) -> Tensor:
+        x = _Scored(*map(View, (p.q, p.k, p.mask), strides))
+        factors = torch.empty_like(p.lse)
+        launch(p.q, x, p.lse, factors, m, n, h, h // hk, p.scale, meta)
+        return factors
+
+    return run
 
 
 def _tensors(p: Backward) -> list[Tensor | None]:

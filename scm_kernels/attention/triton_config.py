@@ -1,10 +1,10 @@
 """Tiles of the Triton kernels of attention, each with its reason.
 
-Speeds are modelled for an A100 (bfloat16, M = N = 4096; `python -m benchmarks.a100`); no row has
-been measured on a GPU. What decides is registers: 255 a thread hold the two accumulators of a tile,
-its scores and their tangent, and no more. `widest` then says how much of a product's operands is
-held at once; ptxas answers to it by some registers more or less, so rows are found by trying
-(`python -m benchmarks.tune`), and tests hold them to no spills.
+Speeds are modelled for an A100 (bfloat16, M = N = 4096; `python -m benchmarks.a100`), except for
+those of "hopper", which are measured. What decides is registers: 255 a thread hold the two
+accumulators of a tile, its scores and their tangent, and no more. `widest` then says how much of a
+product's operands is held at once; ptxas answers to it by some registers more or less, so rows are
+found by trying (`python -m benchmarks.tune`), and tests hold them to no spills.
 """
 
 from dataclasses import dataclass
@@ -95,9 +95,13 @@ _HALF = {
         # Accumulators of 64 rows alone would take all registers of four warps.
         Row(256, 32, 32, 4, 2, widest=64, widest_e=64),
     ),
-    "hopper": (  # fewer parts: operands stay in shared memory
-        Row(80, 64, 64, 4, 2, widest=64, widest_e=64),
-        Row(128, 128, 32, 8, 3, widest=64, widest_e=64),
+    # Measured on an H200. Operands stay in shared memory, so fewer parts of features; two groups of
+    # four warps share the loads of keys.
+    "hopper": (
+        Row(80, 128, 64, 8, 3, widest=64, widest_e=64, rest=32),  # 385 at 64; 64 rows give 345
+        Row(96, 128, 64, 8, 3, widest=64, widest_e=64, rest=32, causal=False),
+        Row(128, 128, 32, 8, 3, step=128, rest=32, causal=False),  # 386 at 128
+        Row(128, 128, 32, 8, 3, widest=64, widest_e=64, rest=32),  # 366; undivided it would spill
         Row(256, 32, 32, 4, 2, widest=64, widest_e=64),
     ),
     "small": (

@@ -161,7 +161,7 @@ def probabilities(s, mask, live, lse, scale):
     elif mask.dtype == tl.int1:
         s = tl.where(mask, s * scale - lse, -float("inf"))
     else:
-        s = s * scale + (mask.to(tl.float32) - lse)
+        s = s * scale + mask.to(tl.float32) - lse  # a large mask drowns s, as in the forward
     if live is not None:
         s = tl.where(live, s, -float("inf"))
     return tl.exp2(s * LOG2E)
