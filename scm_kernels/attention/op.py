@@ -47,9 +47,8 @@ def scaled_dot_product_attention(
         value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
         attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or added to the scores. A
             dual one adds its tangent to that of the scores. A row all of whose keys one large
-            number masks (finfo.min, -1e9; not -inf, not False) has, on a GPU, a wrong gradient, up
-            to N times too large, as in other flash attentions: it is computed from lse, which
-            cannot hold the logarithm of their count beside that number.
+            number masks (finfo.min, -1e9) is the mean of their values, and its gradient that of
+            the mean; -inf and False leave a row without keys.
         dropout_p: with a dual input, only 0: primal and tangent would have to share one mask.
         is_causal: row i sees the keys 0 to i (aligned top-left).
         scale: of the scores, 1 / sqrt(D) if None.
