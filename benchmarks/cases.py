@@ -144,10 +144,10 @@ def _quick(device: str) -> list[Case]:
     if device == "cuda":
         return [
             *sweep((256, 1024, 4096, 8192), HALF, runs),
-            *(case for d in HEAD_DIMS for case in sweep((4096,), HALF, long, h=16, d=d)),
-            *of_model("dit", ("forward", "out")),
             *tangents(LATENTS[:2], HALF),
             *networks([XL_BLOCK], [B_STEP], HALF),
+            *(case for d in HEAD_DIMS for case in sweep((4096,), HALF, long, h=16, d=d)),
+            *of_model("dit", ("forward", "out")),
         ]
     return [
         *sweep((128, 256, 512, 1024), ("float32",), ("forward", "out")),

@@ -10,8 +10,9 @@ A backend joins an op by one file, `scm_kernels/<op>/<backend>.py`, that holds
 where `problem` is the op's named tuple of inputs and of outputs that `library.py` has allocated.
 Nothing else changes: `run` below finds the file, asks it, and calls it. A backend that decides much
 for a step has `plan_<step>(problem)` in its place: it returns what runs this problem and all that
-differ from it in their numbers alone. `DETAILS` may hold a function that gives what else
-`backends()` tells about a backend, such as an instruction set.
+differ from it in their numbers alone. `cuda.py` may have `yields(problem)`, which says where
+Triton's kernels are faster. `DETAILS` may hold a function that gives what else `backends()` tells
+about a backend, such as an instruction set.
 """
 
 import importlib
@@ -134,13 +135,21 @@ def choose(op: str, step: str, problem: tuple, request: str) -> tuple[ModuleType
 
 def _first_that_takes(op: str, problem: object) -> tuple[ModuleType, str]:
     reasons = []
-    for name in NAMES:
+    for name in _order(op, problem):
         module, reason = _implementation(op, name)
         reason = reason or module.refuses(problem)
         if reason is None:
             return module, name
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"no backend takes this {op}: " + "; ".join(reasons))
+
+
+def _order(op: str, problem: object) -> tuple[str, ...]:
+    """The names as "auto" asks them: CUDA's kernels first, but where those yield to Triton's."""
+    cuda, reason = _implementation(op, "cuda")
+    yields = getattr(cuda, "yields", None) if reason is None else None
+    swapped = yields is not None and yields(problem)
+    return (NAMES[1], NAMES[0], *NAMES[2:]) if swapped else NAMES
 
 
 def _resolve(request: str) -> str:

@@ -4,6 +4,7 @@ tangent in a simulator of PTX.
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 
 import scm_kernels
 from benchmarks import offline_cuda, tools
-from scm_kernels import _backends, _cuda, _native
+from scm_kernels import _backends, _cuda, _native, _triton
 from scm_kernels.attention import cuda
 from scm_kernels.attention.problem import Backward, Forward
 
@@ -112,6 +113,29 @@ def test_an_error_of_cuda_is_an_exception():
         _native.module().cuda_tangent_apply(
             1, 8, 0, inputs, coefficients.data_ptr(), x.data_ptr(), device, stream
         )
+
+
+def test_triton_goes_first_where_it_is_faster(monkeypatch):
+    """By "auto", if it takes the problem; a backend that is forced is never asked."""
+    reason = []
+    first = SimpleNamespace(refuses=lambda problem: None, yields=lambda problem: problem == "sm_90")
+    second = SimpleNamespace(refuses=lambda problem: reason[0] if reason else None)
+    modules = {"cuda": first, "triton": second}
+    monkeypatch.setattr(_backends, "_implementation", lambda op, name: (modules[name], None))
+    choose = functools.partial(_backends.choose, "attention", "forward")
+    assert choose("sm_80", "auto") == (first, False)
+    assert choose("sm_90", "auto") == (second, False)
+    assert choose("sm_90", "cuda") == (first, True)
+    reason.append("too wide")
+    assert choose("sm_90", "auto") == (first, False)
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("sm_80", False), ("sm_90", True)])
+def test_attention_yields_on_hopper(architecture, expected, monkeypatch):
+    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    problem = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")))
+    assert cuda.yields(problem) == expected
+    assert not cuda.yields(SimpleNamespace(q=torch.zeros(1)))
 
 
 # --- what it takes --------------------------------------------------------------------------------
