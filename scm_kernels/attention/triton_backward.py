@@ -32,7 +32,8 @@ def attention_backward_factors_kernel(
 ):  # fmt: skip
     """`reference.factors` of a tile of rows: 1 / rowsum(P) where lse has lost log(l), 1 elsewhere.
 
-    Few tiles have such a row; the others are done when they have seen their lse.
+    Few tiles have such a row; the others are done when they have seen their lse. A problem with a
+    mask is not causal.
     """
     ROWS: tl.constexpr = META.BLOCK_M
     KEYS: tl.constexpr = META.BLOCK_N
@@ -48,18 +49,12 @@ def attention_backward_factors_kernel(
     if tl.max(lost.to(tl.int32), 0) > 0:
         q = tiles.load_rows(x.q, batch, head, row, inside, ROWS, META.D, META.VEC)
         sums = tl.zeros([ROWS], tl.float32)
-        end = N
-        if META.CAUSAL:
-            end = tl.minimum(N, row + ROWS)
-        for key in range(0, end, KEYS):
-            keys = key + tl.arange(0, KEYS)
-            live = (keys < N)[None, :]
-            if META.CAUSAL:
-                live = live & (keys[None, :] <= rows[:, None])
-            k = tiles.load_rows(x.k, batch, head // GROUP, key, keys < N, KEYS, META.D, META.VEC)
+        for key in range(0, N, KEYS):
+            live = key + tl.arange(0, KEYS) < N
+            k = tiles.load_rows(x.k, batch, head // GROUP, key, live, KEYS, META.D, META.VEC)
             mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, False, True, META)
             s = gradients.product(q, k, None, META.PRECISION)
-            p = gradients.probabilities(s, mask, live, log_sum[:, None], scale)
+            p = gradients.probabilities(s, mask, live[None, :], log_sum[:, None], scale)
             sums += tl.sum(p, 1)
     tl.store(factors + at, tl.where(lost, 1.0 / sums, 1.0), mask=inside)
 

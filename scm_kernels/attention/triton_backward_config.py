@@ -223,6 +223,23 @@ _PADDED = {
             *_HALF["queries", "both, dtq"][1:],
         ),
     },
+    "tensor memory": {
+        ("keys", "both"): (
+            _ELSEWHERE["tensor memory"]["keys", "both"][0],
+            Row(96, 16, 64, 8, 2, step=128),  # two parts of features would spill
+            *_ELSEWHERE["tensor memory"]["keys", "both"][2:],
+        ),
+        ("queries", "both"): (
+            *_HALF["queries", "both"][:2],
+            Row(96, 64, 16, 4, 2, step=32),  # 128 rows would spill
+            *_HALF["queries", "both"][2:],
+        ),
+        ("queries", "both, dtq"): (
+            _HALF["queries", "both, dtq"][0],
+            Row(96, 64, 16, 4, 2, step=32),
+            *_HALF["queries", "both, dtq"][1:],
+        ),
+    },
 }
 
 # Under a mask that differs between rows: its tile, element by element and in two layouts, takes the
@@ -245,12 +262,38 @@ _MASKED = {
         Row(256, 32, 32, 4, 2),
     ),
     ("queries", "both"): _LITTLE_ROOM,
-    ("queries", "both, dtq"): (Row(64, 32, 32, 4, 2), *_LITTLE_ROOM[1:]),  # 113
+    ("queries", "both, dtq"): (
+        Row(64, 32, 32, 4, 3),  # 120; with two tiles in flight it would spill
+        _LITTLE_ROOM[0],
+        Row(128, 16, 32, 4, 3, step=32),  # 91
+        _LITTLE_ROOM[2],
+    ),
 }
 # And where that differs, by family.
 _MASKED_ELSEWHERE = {
     "hopper": {
         ("queries", "both, dtq"): (Row(64, 64, 16, 4, 3), *_LITTLE_ROOM[1:]),
+    },
+    "tensor memory": {
+        ("queries", "both"): (
+            Row(64, 64, 16, 4, 3),
+            Row(80, 64, 16, 4, 1),  # with tiles in flight it would spill
+            Row(96, 16, 32, 4, 2, step=32),
+            Row(112, 16, 16, 4, 2, step=32),  # 32 keys would spill under a mask's tangent
+            *_LITTLE_ROOM[1:],
+        ),
+        ("queries", "both, dtq"): (
+            Row(64, 64, 16, 4, 2),
+            Row(80, 64, 16, 4, 1),
+            Row(96, 16, 32, 4, 3, step=32),
+            Row(128, 16, 16, 4, 2, step=32),  # as above
+            _LITTLE_ROOM[2],
+        ),
+        ("mask", "out"): (
+            _HALF["mask", "out"][0],
+            Row(80, 64, 16, 4, 1),
+            *_HALF["mask", "out"][1:],
+        ),
     },
     "amd": {
         ("keys", "out"): (Row(256, 16, 64, 4, 1),),  # 128 keys would spill scalar registers

@@ -141,6 +141,11 @@ _MASKED_ELSEWHERE = {
         Row(128, 128, 16, 8, 3, widest=64, widest_e=64),  # room for loads that run ahead
         *_MASKED[3:],
     ),
+    "tensor memory": (
+        Row(64, 64, 32, 4, 2),  # parts of features would spill
+        Row(80, 64, 16, 4, 2, step=32, widest=64, widest_e=64),  # and so would parts of 64 and 16
+        *_MASKED[2:],
+    ),
     "amd": (  # with loads that run ahead, or with 32 keys, scalar registers would spill
         Row(64, 128, 16, 4, 1, widest=32),  # undivided features would, in float16
         Row(128, 128, 16, 4, 1),
