@@ -373,13 +373,19 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypa
     assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
-def test_pytorchs_flash_backward_stands_back_where_it_is_slower(monkeypatch):
-    problem = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")))
+@pytest.mark.parametrize(
+    ("architecture", "features", "served"),
+    [("sm_80", 64, True), ("sm_90", 64, False), ("sm_90", 128, False), ("sm_90", 256, True)],
+)
+def test_pytorchs_flash_backward_stands_back_where_it_is_slower(
+    architecture, features, served, monkeypatch
+):
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features))
+    problem = SimpleNamespace(q=q)
     monkeypatch.setattr(torch_flash, "refuses", lambda problem: None)
-    for architecture, served in (("sm_80", True), ("sm_90", False)):
-        monkeypatch.setattr(_triton, "architecture", lambda device, name=architecture: name)
-        assert torch_flash.serves(problem, attention_triton) == served
-        assert torch_flash.serves(problem, reference)
+    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    assert torch_flash.serves(problem, attention_triton) == served
+    assert torch_flash.serves(problem, reference)
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():

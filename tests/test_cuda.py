@@ -130,12 +130,15 @@ def test_triton_goes_first_where_it_is_faster(monkeypatch):
     assert choose("sm_90", "auto") == (first, False)
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("sm_80", False), ("sm_90", True)])
-def test_attention_yields_on_hopper(architecture, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "causal", "expected"),
+    [("sm_80", False, False), ("sm_90", False, True), ("sm_90", True, False)],
+)
+def test_attention_yields_on_hopper(architecture, causal, expected, monkeypatch):
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
-    problem = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda")))
-    assert cuda.yields(problem) == expected
-    assert not cuda.yields(SimpleNamespace(q=torch.zeros(1)))
+    q = SimpleNamespace(device=torch.device("cuda"))
+    assert cuda.yields(SimpleNamespace(q=q, causal=causal)) == expected
+    assert not cuda.yields(SimpleNamespace(q=torch.zeros(1), causal=causal))
 
 
 # --- what it takes --------------------------------------------------------------------------------

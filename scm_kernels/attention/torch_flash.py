@@ -14,15 +14,16 @@ from scm_kernels import _triton
 from scm_kernels.attention import reference, triton
 from scm_kernels.attention.problem import Backward
 
-# Where Triton's kernels are faster: on an H200 (measured, bfloat16, B = 2, H = 16, M = N = 4096)
-# they take 1.1 ms where it takes 1.4 at D = 64, and 1.9 where it takes 2.5 at D = 128.
-_SLOWER = ("sm_90",)
+# Where Triton's kernels are faster, up to so many features: on an H200 (measured, bfloat16, B = 2,
+# H = 16, M = N = 4096) they take 1.1 ms where it takes 1.4 at D = 64, and 1.9 for 2.5 at D = 128.
+_SLOWER = {"sm_90": 128}
 
 
 def serves(problem: Backward, chosen: ModuleType) -> bool:
     """Whether it takes the problem in place of the backend that was chosen."""
-    if problem.q.device.type == "cuda":
-        better = chosen is not triton or _triton.architecture(problem.q.device) not in _SLOWER
+    q = problem.q
+    if q.device.type == "cuda":
+        better = chosen is not triton or q.shape[3] > _SLOWER.get(_triton.architecture(q.device), 0)
     else:
         better = chosen is reference
     return better and refuses(problem) is None
