@@ -172,7 +172,19 @@ CHOSEN = {
         *MASKED,
     ],
     ("sm_80", F16): [p for p in a100.problems([F16]) if p.name == "forward"],
-    ("sm_90", BF16): [p for p in a100.problems([BF16]) if p.d in (64, 128) and not p.causal],
+    ("sm_90", BF16): [
+        *(p for p in a100.problems([BF16]) if p.d in (64, 128) and not p.causal),
+        a100.Problem("backward, both", BF16, 64, causal=True),
+        a100.Problem("backward, both, six", BF16, 64, mask="padding"),
+    ],
+    ("sm_90", F16): [
+        a100.Problem("forward", F16, 96),
+        a100.Problem("backward, both, six", F16, 112, mask="bias and tangent"),
+    ],
+    ("sm_100", BF16): [
+        a100.Problem("forward", BF16, 72, mask="bias"),
+        a100.Problem("backward, both", BF16, 72, mask="padding"),
+    ],
     ("gfx942", BF16): [  # where least is left of 512 registers, or of 102 scalar ones
         a100.Problem("forward", BF16, 128),
         a100.Problem("forward", BF16, 112, causal=True),

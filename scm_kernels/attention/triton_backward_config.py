@@ -264,6 +264,7 @@ _MASKED = {
     ("queries", "both"): _LITTLE_ROOM,
     ("queries", "both, dtq"): (
         Row(64, 32, 32, 4, 3),  # 120; with two tiles in flight it would spill
+        Row(80, 16, 32, 4, 3, step=32, dtype=torch.float16),  # or it spills
         _LITTLE_ROOM[0],
         Row(128, 16, 32, 4, 3, step=32),  # 91
         _LITTLE_ROOM[2],
@@ -272,14 +273,19 @@ _MASKED = {
 # And where that differs, by family.
 _MASKED_ELSEWHERE = {
     "hopper": {
-        ("queries", "both, dtq"): (Row(64, 64, 16, 4, 3), *_LITTLE_ROOM[1:]),
+        ("queries", "both, dtq"): (
+            Row(64, 64, 16, 4, 3),
+            Row(96, 16, 32, 4, 2, step=32),
+            Row(112, 16, 16, 4, 2, step=32, dtype=torch.float16),  # or it spills
+            *_LITTLE_ROOM[1:],
+        ),
     },
     "tensor memory": {
         ("queries", "both"): (
             Row(64, 64, 16, 4, 3),
             Row(80, 64, 16, 4, 1),  # with tiles in flight it would spill
             Row(96, 16, 32, 4, 2, step=32),
-            Row(112, 16, 16, 4, 2, step=32),  # 32 keys would spill under a mask's tangent
+            Row(112, 16, 16, 4, 2, step=32),  # under a mask's tangent 32 keys would spill
             *_LITTLE_ROOM[1:],
         ),
         ("queries", "both, dtq"): (
@@ -392,4 +398,4 @@ def backward_row(
     else:
         tables = [_ELSEWHERE.get(gpu, {}), _HALF]
     table = next(t[kind] for t in tables if kind in t)
-    return next(r for r in table if features <= r.most and r.causal in (None, causal))
+    return next(row for row in table if row.serves(features, causal, dtype))

@@ -44,7 +44,14 @@ class Row:
     rest: int = 16  # the forward: keys of a tile at the end or on the diagonal
     padding: int = 32  # the forward: keys of a tile under a mask that all rows share
     causal: bool | None = None  # for causal problems alone, for others alone, or for all
+    dtype: torch.dtype | None = None  # for problems in it alone
     maxnreg: int | None = None  # where ptxas would otherwise give up, at 32 registers
+
+    def serves(self, features: int, causal: bool, dtype: torch.dtype) -> bool:
+        """Whether it is for such a problem."""
+        return (
+            features <= self.most and self.causal in (None, causal) and self.dtype in (None, dtype)
+        )
 
     def features(self, width: int, widest: int | None = None) -> Features:
         """A head dimension in parts."""
@@ -99,6 +106,8 @@ _HALF = {
     # four warps share the loads of keys.
     "hopper": (
         Row(80, 128, 64, 8, 3, widest=64, widest_e=64, rest=32),  # 385 at 64; 64 rows give 345
+        # In float16 a wider part would spill.
+        Row(96, 128, 64, 8, 3, widest=64, widest_e=32, rest=32, causal=False, dtype=torch.float16),
         Row(96, 128, 64, 8, 3, widest=64, widest_e=64, rest=32, causal=False),
         Row(128, 128, 32, 8, 3, step=128, rest=32, causal=False),  # 386 at 128
         Row(128, 128, 32, 8, 3, widest=64, widest_e=64, rest=32),  # 366; undivided it would spill
@@ -182,4 +191,4 @@ def forward_row(
         table = _FLOAT_MASKED if masked else _FLOAT
     else:
         table = _MASKED_ELSEWHERE.get(gpu, _MASKED) if masked else _HALF[gpu]
-    return next(r for r in table if features <= r.most and r.causal in (None, causal))
+    return next(row for row in table if row.serves(features, causal, dtype))
