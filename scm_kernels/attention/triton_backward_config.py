@@ -138,6 +138,7 @@ _ELSEWHERE = {
         ),
         ("keys", "both"): (
             Row(64, 16, 64, 4, 2, step=32),
+            Row(80, 16, 64, 8, 2, step=128, dtype=torch.float16),  # the next row would spill
             Row(96, 16, 32, 4, 2, step=32),  # with two parts of features 64 keys would spill
             Row(128, 16, 64, 8, 2, step=32),
             Row(256, 32, 16, 4, 1, step=64, widest=128),
@@ -227,7 +228,7 @@ _PADDED = {
         ("keys", "both"): (
             _ELSEWHERE["tensor memory"]["keys", "both"][0],
             Row(96, 16, 64, 8, 2, step=128),  # two parts of features would spill
-            *_ELSEWHERE["tensor memory"]["keys", "both"][2:],
+            *_ELSEWHERE["tensor memory"]["keys", "both"][3:],
         ),
         ("queries", "both"): (
             *_HALF["queries", "both"][:2],
