@@ -69,6 +69,7 @@ GRADIENTS = [
     Case("ptx_bias_gradient", BF16, d=64, mask="bias", mask_shape="1hmn", t_mask=True, **LONG),
     Case("ptx_d128_bias_gradient", BF16, d=128, mask="bias", t_mask=True, **LONG),
     Case("ptx_dead_gradient", BF16, d=64, mask="dead", mask_shape="b1mn", **LONG),
+    Case("ptx_least_gradient", BF16, d=64, mask="least", **(LONG | {"h": 4, "hk": 2})),
 ]
 
 
@@ -88,6 +89,9 @@ def test_values(launches, case):
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_gradients(launches, case, through):
     shared.check(shared.run("triton", case, draw(case), through), case, through)
+    names = [launch.name for launch in launches]
+    added = case.mask in ("bias", "least")
+    assert ("attention_backward_factors_kernel" in names) == added
 
 
 @ptx
