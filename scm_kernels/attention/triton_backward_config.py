@@ -138,7 +138,7 @@ _ELSEWHERE = {
         ),
         ("keys", "both"): (
             Row(64, 16, 64, 4, 2, step=32),
-            Row(80, 16, 64, 8, 2, step=128, dtype=torch.float16),  # the next row would spill
+            Row(96, 16, 64, 8, 2, step=128, dtype=torch.float16),  # the next row would spill
             Row(96, 16, 32, 4, 2, step=32),  # with two parts of features 64 keys would spill
             Row(128, 16, 64, 8, 2, step=32),
             Row(256, 32, 16, 4, 1, step=64, widest=128),
