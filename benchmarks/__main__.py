@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     print(f"results go to {place}; a reason for no figure is printed once\n", flush=True)
     chosen = cases.select(options.scale, options.device, tuple(options.shapes))
     rows = run(chosen, options.device, effort, 60 * options.quiet)
-    known["cores taken"] = disturbance(rows)
+    known["cores taken"] = disturbance(rows) if options.device == "cpu" else None
     for path in files.write(place, known, rows):
         print(f"wrote {path}")
     return 0

@@ -88,11 +88,7 @@ def heading(about: dict) -> str:
     """The machine in a line."""
     cpu, others = about["kind"] == "cpu", about.get("cores taken")
     processors = f", {about['threads']} threads on {about['cpus']} cores" if cpu else ""
-    noise = (
-        f"; other processes took up to {others:.2g} of its cores"
-        if cpu and others is not None
-        else ""
-    )
+    noise = "" if others is None else f"; other processes took up to {others:.2g} of its cores"
     return (
         f"{about['device']}{processors}, {about['driver']}, PyTorch {about['torch']}, "
         f"commit {about['commit']}, {about['date']}{noise}"

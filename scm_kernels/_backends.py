@@ -146,8 +146,8 @@ def _first_that_takes(op: str, problem: object) -> tuple[ModuleType, str]:
 
 def _order(op: str, problem: object) -> tuple[str, ...]:
     """The names as "auto" asks them: CUDA's kernels first, but where those yield to Triton's."""
-    cuda, reason = _implementation(op, "cuda")
-    yields = getattr(cuda, "yields", None) if reason is None else None
+    cuda, _ = _implementation(op, "cuda")
+    yields = getattr(cuda, "yields", None)
     swapped = yields is not None and yields(problem)
     return (NAMES[1], NAMES[0], *NAMES[2:]) if swapped else NAMES
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_attention as shared
@@ -19,8 +18,8 @@ from attention_cases import Case, draw
 
 import scm_kernels
 from scm_kernels import _backends, _triton, attention_jvp
-from scm_kernels.attention import reference, torch_flash, triton_config
 from scm_kernels.attention import triton as attention_triton
+from scm_kernels.attention import triton_config
 from scm_kernels.attention.problem import Backward, Forward
 
 offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
@@ -164,7 +163,7 @@ def every_problem(dtype: torch.dtype) -> list:
     ]
 
 
-# A minute's worth of them. EVERY_KERNEL=1 takes them all, which is half an hour.
+# A minute's worth of them. EVERY_KERNEL=1 takes them all: the better part of an hour.
 MASKED = [
     a100.Problem(name, BF16, d, mask=mask)
     for name in ("forward", "backward, out", "backward, both")
@@ -370,38 +369,6 @@ def test_every_family_has_a_row(dtype):
                 for masked in (False, True):
                     row = triton_config.forward_row(architecture, dtype, features, causal, masked)
                     assert row.most >= features
-
-
-@pytest.mark.parametrize(
-    ("m", "causal", "taken"), [(8, False, True), (8, True, True), (9, True, False)]
-)
-def test_pytorchs_flash_backward_is_asked_as_it_wants(m, causal, taken, monkeypatch):
-    """Its schema and shapes, on tensors without data; values are for `pytest -m gpu`."""
-    q, k = torch.zeros(1, 2, m, 64, dtype=BF16), torch.zeros(1, 2, 8, 64, dtype=BF16)
-    problem = Backward(
-        *(q, k, k, None, None, None, None, None, causal, 0.125, q, None, q[..., 0].float(), None),
-        *(q, None, q, k, k, None, None, None, None, None),
-    )
-    monkeypatch.setattr(_triton, "refuses", lambda x: None)
-    assert (torch_flash._refuses_on_gpu(problem) is None) == taken
-    meta = Backward(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in problem))
-    gradients = torch_flash._on_gpu(meta)
-    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "features", "served"),
-    [("sm_80", 64, True), ("sm_90", 64, False), ("sm_90", 128, False), ("sm_90", 256, True)],
-)
-def test_pytorchs_flash_backward_stands_back_where_it_is_slower(
-    architecture, features, served, monkeypatch
-):
-    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features))
-    problem = SimpleNamespace(q=q)
-    monkeypatch.setattr(torch_flash, "refuses", lambda problem: None)
-    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
-    assert torch_flash.serves(problem, attention_triton) == served
-    assert torch_flash.serves(problem, reference)
 
 
 def test_a_dimension_of_one_does_not_narrow_accesses():
