@@ -23,8 +23,9 @@ class Tile:
 ANY = 2**63
 # Samples of a few elements: their addresses take more registers than they do.
 TINY = Tile(16, elements=512, warps=4)
-# Several samples a program, 8 elements a thread: 4096 samples of 64 are 256 programs.
-SMALL = Tile(1024, elements=1024, warps=4)
+# Several samples a program: 4096 samples of 64 are 256 programs. Of 2 warps, since each warp may
+# load the coefficients of all of a program's samples.
+SMALL = Tile(1024, elements=1024, warps=2)
 
 # To sum, and to scale what has been summed: 8 elements a thread, one 16-byte load of each input in
 # bfloat16 and two in float32. More would wait in registers, at the price of warps to wait with: an

@@ -18,10 +18,17 @@ _RUNTIME = ["f_row", "v_row", "x_row", "j_row", "B", "D", "parts", "count", "c",
 
 @triton.jit
 def _scalars(coefficients, rows, live):
-    """a, b, k, d [ROWS] in float64."""
-    scalars = ()
-    for i in tl.static_range(4):
-        scalars = scalars + (tl.load(coefficients + rows * 4 + i, mask=live, other=0.0),)
+    """a, b, k, d [ROWS] in float64. The 32 bytes of a sample are one sector of memory."""
+    scalars, at = (), coefficients + rows * 4
+    if rows.shape[0] == 1:
+        for i in tl.static_range(4):
+            scalars = scalars + (tl.load(at + i, mask=live, other=0.0),)
+    else:  # in one load: four would ask for each sample's sector four times
+        column = tl.arange(0, 8)[None, :]  # of 4 columns, a thread with 8 elements loads all twice
+        mask = live[:, None] & (column < 4)
+        four = tl.load(at[:, None] + column, mask=mask, other=0.0)
+        for i in tl.static_range(4):
+            scalars = scalars + (tl.sum(tl.where(column == i, four, 0.0), axis=1),)
     return scalars
 
 
