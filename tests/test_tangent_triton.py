@@ -123,7 +123,10 @@ def guarded(ptxsim, x):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(512, 32), (512, 64), (256, 128), (64, 512), (8, 4096), (4, 16_384), (2, 32_768), (1, 262_144)],
+    [
+        *((512, 32), (512, 64), (256, 128), (64, 512)),  # several samples a program
+        *((8, 4096), (4, 16_384), (2, 32_768), (1, 262_144)),
+    ],
     ids=str,
 )
 def test_each_byte_moves_once(ptxsim, launches, shape, dtype):

@@ -5,7 +5,8 @@ those of "hopper" are measured. What decides is registers: 255 a thread hold two
 and about four tiles of scores. A warp with 32 rows of a product uses each operand that it loads
 from shared memory twice; with 16 rows once, and then loads, not tensor cores, are the limit. So
 tiles are tall in what they sum for and narrow in what they walk along. Of rows within 5% of each
-other the one with smaller blocks is here, which the model flatters less.
+other the one with smaller blocks is here, which the model flatters less. Masks take registers too:
+one that all rows share has rows of its own where the others would spill (`padded`).
 """
 
 from functools import cache
@@ -32,19 +33,24 @@ _HALF = {
     ("rows", "out"): _ROWS,
     ("rows", "both"): _ROWS,
     ("keys", "out"): (
-        Row(64, 32, 128, 4, 2),  # 32 rows a warp: 203 TFLOP/s, where 64 keys give 153
+        Row(64, 32, 128, 4, 2, padded=False),  # 32 rows a warp: 203 TFLOP/s, 64 keys give 153
+        Row(80, 32, 64, 4, 3, padded=True),  # 147
+        Row(112, 16, 64, 4, 3, padded=True),  # 146 at 96 features
+        Row(128, 128, 64, 8, 1, padded=True),  # 122, where 64 rows in flight give 103
         Row(128, 32, 64, 4, 3),  # sums take 128 registers a thread with 16 rows a warp: 151
         Row(256, 64, 32, 8, 2, step=64),  # fewer keys than rows: warps share out the features. 101
     ),
     ("keys", "both"): (
         Row(64, 16, 64, 4, 3, causal=True),  # 168: the next row would spill under a causal mask
-        Row(64, 16, 128, 4, 2),  # 32 rows a warp; 16 queries for four tiles of scores: 213
+        Row(64, 16, 128, 4, 2, padded=False),  # 32 rows a warp; 16 for four tiles of scores: 213
         Row(80, 16, 64, 4, 3),  # two parts of features take more addresses: 148
+        Row(112, 16, 128, 8, 2, step=32, padded=True),
         Row(128, 16, 128, 8, 3, step=32),  # eight warps share the loads of queries: 181
         Row(256, 32, 16, 4, 2, step=64, widest=128),  # 73
     ),
     ("queries", "out"): (
-        Row(96, 128, 32, 4, 2),  # 32 rows a warp: 216 at 64 and at 96 features
+        Row(80, 128, 32, 4, 2),  # 32 rows a warp: 216 at 64 and at 96 features
+        Row(96, 128, 32, 4, 2, padded=False),
         Row(128, 128, 16, 4, 3),  # the same with 16 keys: 208, where 64 keys of 8 warps give 182
         Row(256, 64, 32, 4, 2, widest=128),  # 91
     ),
@@ -82,19 +88,20 @@ _ELSEWHERE = {
         ("keys", "out"): (
             Row(80, 64, 64, 4, 3),  # 0.66 at 64; 128 keys give 0.72
             Row(96, 64, 128, 8, 3),
+            Row(128, 32, 64, 4, 3, step=128, padded=True),
             Row(128, 64, 128, 8, 4, step=128, causal=False),  # 1.11 at 128; would spill if causal
             Row(128, 64, 128, 8, 2, step=128),  # 1.38
             _HALF["keys", "out"][-1],
         ),
         ("queries", "out"): (
-            Row(64, 64, 128, 4, 3),  # 0.43; 64 keys give 0.46
+            Row(64, 64, 128, 4, 3, padded=False),  # 0.43; 64 keys give 0.46
             Row(80, 64, 64, 4, 3),
             Row(96, 128, 64, 8, 3),
             Row(128, 128, 64, 8, 3, step=128),  # 0.79 at 128; two parts of 64 give 0.86
             _HALF["queries", "out"][-1],
         ),
         ("keys", "both"): (
-            Row(64, 64, 128, 8, 3, causal=False),  # 1.67; would spill if causal
+            Row(64, 64, 128, 8, 3, causal=False, padded=False),  # 1.67; would spill if causal
             Row(64, 32, 64, 4, 3),  # 1.78
             Row(80, 32, 128, 8, 3),
             Row(96, 32, 128, 8, 3, causal=False),
@@ -104,25 +111,38 @@ _ELSEWHERE = {
             _HALF["keys", "both"][-1],
         ),
         ("queries", "both"): (
-            Row(64, 128, 64, 8, 3),  # 1.06; 16 keys give 1.67
+            Row(64, 128, 64, 8, 3, padded=False),  # 1.06; 16 keys give 1.67
+            Row(64, 64, 32, 4, 3, padded=True),
             Row(96, 128, 32, 8, 3),
             Row(128, 128, 32, 8, 3, step=128),  # 2.24 at 128; two parts of 64 give 2.37
             _HALF["queries", "both"][-1],
         ),
         ("queries", "both, dtq"): (
-            Row(64, 128, 64, 8, 3),  # 1.17; 16 keys give 1.76
-            Row(96, 128, 32, 8, 3),
+            Row(64, 128, 64, 8, 3, padded=False),  # 1.17; 16 keys give 1.76
+            Row(64, 64, 32, 4, 3, padded=True),
+            Row(80, 128, 32, 8, 3, step=32, padded=True),  # in parts of 64 and 16 it would spill
+            Row(96, 128, 32, 8, 3, padded=False),
             *_HALF["queries", "both, dtq"][1:],  # 32 keys would spill
         ),
     },
     "small": {  # the same as far as 99 KiB hold it
-        ("keys", "out"): (*_HALF["keys", "out"][:2], Row(256, 32, 16, 4, 2, step=64)),
+        ("keys", "out"): (
+            Row(64, 32, 128, 4, 2),
+            Row(128, 32, 64, 4, 3),
+            Row(256, 32, 16, 4, 2, step=64),
+        ),
         ("keys", "both"): (
-            *_HALF["keys", "both"][:3],
+            Row(64, 16, 64, 4, 3, causal=True),
+            Row(64, 16, 128, 4, 2),
+            Row(80, 16, 64, 4, 3),
             Row(128, 32, 16, 4, 2, step=32),
             Row(256, 16, 16, 4, 1, step=64),
         ),
-        ("queries", "out"): (*_HALF["queries", "out"][:2], Row(256, 32, 32, 4, 2)),
+        ("queries", "out"): (
+            Row(96, 128, 32, 4, 2),
+            Row(128, 128, 16, 4, 3),
+            Row(256, 32, 32, 4, 2),
+        ),
         ("queries", "both"): (
             *_HALF["queries", "both"][:2],
             Row(128, 64, 16, 4, 2, step=32),
@@ -132,16 +152,28 @@ _ELSEWHERE = {
     },
     "tensor memory": {  # 512 columns of it hold the sums and scores of 64 keys, not those of 128
         ("keys", "out"): (
-            _HALF["keys", "out"][0],
+            Row(64, 32, 128, 4, 2),
             Row(80, 32, 64, 4, 2),
-            *_HALF["keys", "out"][1:],
+            Row(128, 32, 64, 4, 3),
+            _HALF["keys", "out"][-1],
         ),
         ("keys", "both"): (
             Row(64, 16, 64, 4, 2, step=32),
-            Row(96, 16, 64, 8, 2, step=128, dtype=torch.float16),  # the next row would spill
-            Row(96, 16, 32, 4, 2, step=32),  # with two parts of features 64 keys would spill
+            Row(96, 16, 64, 8, 2, step=128, dtype=torch.float16),  # parts would spill
+            Row(96, 16, 64, 8, 2, step=128, padded=True),  # and here too
+            Row(96, 16, 32, 4, 2, step=32),  # two parts of features: 64 keys would spill
             Row(128, 16, 64, 8, 2, step=32),
             Row(256, 32, 16, 4, 1, step=64, widest=128),
+        ),
+        ("queries", "both"): (
+            *_HALF["queries", "both"][:2],
+            Row(96, 64, 16, 4, 2, step=32, padded=True),  # 128 rows would spill
+            *_HALF["queries", "both"][2:],
+        ),
+        ("queries", "both, dtq"): (
+            _HALF["queries", "both, dtq"][0],
+            Row(96, 64, 16, 4, 2, step=32, padded=True),
+            *_HALF["queries", "both, dtq"][1:],
         ),
     },
     # Tall tiles in what they sum for, until they take the 512 registers a thread of four warps:
@@ -179,66 +211,6 @@ _ELSEWHERE = {
             Row(112, 32, 16, 4, 1),
             Row(128, 32, 16, 8, 1),
             Row(256, 32, 16, 4, 1),
-        ),
-    },
-}
-
-# Under a mask that all rows share, whose tile takes some registers too: where the rows above would
-# spill, by family.
-_PADDED = {
-    "large": {
-        ("keys", "out"): (
-            Row(80, 32, 64, 4, 3),  # 147
-            Row(112, 16, 64, 4, 3),  # 146 at 96 features
-            Row(128, 128, 64, 8, 1),  # 122, where 64 rows in flight give 103
-            _HALF["keys", "out"][-1],
-        ),
-        ("keys", "both"): (
-            Row(80, 16, 64, 4, 3),
-            Row(112, 16, 128, 8, 2, step=32),
-            *_HALF["keys", "both"][3:],
-        ),
-        ("queries", "out"): (
-            Row(80, 128, 32, 4, 2),
-            *_HALF["queries", "out"][1:],
-        ),
-    },
-    "hopper": {
-        ("keys", "out"): (
-            *_ELSEWHERE["hopper"]["keys", "out"][:2],
-            Row(128, 32, 64, 4, 3, step=128),
-            _HALF["keys", "out"][-1],
-        ),
-        ("queries", "out"): _ELSEWHERE["hopper"]["queries", "out"][1:],
-        ("keys", "both"): (
-            Row(64, 32, 64, 4, 3),
-            *_ELSEWHERE["hopper"]["keys", "both"][2:],
-        ),
-        ("queries", "both"): (
-            Row(64, 64, 32, 4, 3),
-            *_ELSEWHERE["hopper"]["queries", "both"][1:],
-        ),
-        ("queries", "both, dtq"): (
-            Row(64, 64, 32, 4, 3),
-            Row(80, 128, 32, 8, 3, step=32),  # two parts of features, 64 and 16, would spill
-            *_HALF["queries", "both, dtq"][1:],
-        ),
-    },
-    "tensor memory": {
-        ("keys", "both"): (
-            _ELSEWHERE["tensor memory"]["keys", "both"][0],
-            Row(96, 16, 64, 8, 2, step=128),  # two parts of features would spill
-            *_ELSEWHERE["tensor memory"]["keys", "both"][3:],
-        ),
-        ("queries", "both"): (
-            *_HALF["queries", "both"][:2],
-            Row(96, 64, 16, 4, 2, step=32),  # 128 rows would spill
-            *_HALF["queries", "both"][2:],
-        ),
-        ("queries", "both, dtq"): (
-            _HALF["queries", "both, dtq"][0],
-            Row(96, 64, 16, 4, 2, step=32),
-            *_HALF["queries", "both, dtq"][1:],
         ),
     },
 }
@@ -394,9 +366,7 @@ def backward_row(
         tables = [_FLOAT]
     elif masked:
         tables = [_MASKED_ELSEWHERE.get(gpu, {}), _MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
-    elif padded:
-        tables = [_PADDED.get(gpu, {}), _ELSEWHERE.get(gpu, {}), _HALF]
     else:
         tables = [_ELSEWHERE.get(gpu, {}), _HALF]
     table = next(t[kind] for t in tables if kind in t)
-    return next(row for row in table if row.serves(features, causal, dtype))
+    return next(row for row in table if row.serves(features, causal, dtype, padded))

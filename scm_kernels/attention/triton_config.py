@@ -45,12 +45,18 @@ class Row:
     padding: int = 32  # the forward: keys of a tile under a mask that all rows share
     causal: bool | None = None  # for causal problems alone, for others alone, or for all
     dtype: torch.dtype | None = None  # for problems in it alone
+    padded: bool | None = None  # the backward: with a mask that all rows share alone, or without
     maxnreg: int | None = None  # where ptxas would otherwise give up, at 32 registers
 
-    def serves(self, features: int, causal: bool, dtype: torch.dtype) -> bool:
+    def serves(
+        self, features: int, causal: bool, dtype: torch.dtype, padded: bool | None = None
+    ) -> bool:
         """Whether it is for such a problem."""
         return (
-            features <= self.most and self.causal in (None, causal) and self.dtype in (None, dtype)
+            features <= self.most
+            and self.causal in (None, causal)
+            and self.dtype in (None, dtype)
+            and self.padded in (None, padded)
         )
 
     def features(self, width: int, widest: int | None = None) -> Features:
