@@ -63,9 +63,13 @@ class Op:
         self.dispatched = getattr(torch.ops.scm_kernels, self.name)
 
     def __call__(self, *args):
-        if plain(args[: self.tensors]):
+        tensors = args[: self.tensors]
+        if not plain(tensors):
+            return self.dispatched(*args)
+        if forward_ad._current_level >= 0 or differentiable(tensors):
             return self.autograd(*args)
-        return self.dispatched(*args)
+        with below_autograd():
+            return self.kernel(*args)
 
     def below(self, *args):
         """Below autograd."""

@@ -81,9 +81,7 @@ def normalized_tangent(
     tangent = library.tangent_normalize(
         *inputs, coefficients, options.c, chosen.mean, options.zero, options.backend
     )
-    tangent = tangent.reshape(output.shape[:1] + tuple(output.shape[i] for i in order))
-    places = (1 + order.index(i) for i in range(1, output.ndim))
-    return tangent.permute(0, *places).to(output.dtype)
+    return _from_rows(tangent, output.shape, order).to(output.dtype)
 
 
 def consistency_loss(
@@ -223,8 +221,10 @@ def _one_of(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
-def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int]]:
-    """The four inputs, checked, as [B, D] in output's order of memory, and that order."""
+def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int] | None]:
+    """The four inputs, checked, as [B, D] in output's order of memory, and that order, None where
+    it is the ordinary one.
+    """
     tensors = {"output": output, "dxdt": dxdt, "x_t": x_t, "jvp": jvp}
     for name, x in tensors.items():
         _checks.dense(name, x)
@@ -240,16 +240,28 @@ def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int]]:
         tensors = {name: x.to(wide) for name, x in tensors.items()}
     for name, x in tensors.items():
         _checks.like(name, x, "output", tensors["output"])
-    order = _memory_order(output)
+    order, inputs = _memory_order(output), tensors.values()
+    if order is not None:
+        inputs = (x.permute(0, *order) for x in inputs)
     shape = (output.shape[0], math.prod(output.shape[1:]))
-    return tuple(x.permute(0, *order).reshape(shape) for x in tensors.values()), order
+    return tuple(x.reshape(shape) for x in inputs), order
 
 
-def _memory_order(x: Tensor) -> list[int]:
-    """The dimensions of x after the first, outermost in memory first.
+def _from_rows(x: Tensor, shape: torch.Size, order: list[int] | None) -> Tensor:
+    """x [B, D], whose elements are in this order of memory, in the shape that they had."""
+    if order is None:
+        return x.reshape(shape)
+    x = x.reshape(shape[:1] + tuple(shape[i] for i in order))
+    return x.permute(0, *(1 + order.index(i) for i in range(1, len(shape))))
+
+
+def _memory_order(x: Tensor) -> list[int] | None:
+    """The dimensions of x after the first, outermost in memory first; None where they are so.
 
     By hand, because `sorted` stops torch.compile where strides are symbolic.
     """
+    if x.is_contiguous():
+        return None
     order = []
     for i in range(1, x.ndim):
         order.insert(len([j for j in order if x.stride(j) >= x.stride(i)]), i)

@@ -14,8 +14,9 @@ Scalars = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _paper(t: Tensor, r: float | Tensor, sd: float) -> Scalars:
     """g = -cos^2 t (sd F - V) - r (cos t sin t X + sd J): arXiv 2410.11081, Algorithm 1."""
-    cos, sin = t.cos(), t.sin()
-    return -sd * cos * cos, cos * cos, -r * cos * sin, torch.full_like(t, -sd) * r
+    cos = t.cos()
+    front = cos * cos
+    return -sd * front, front, -r * (cos * t.sin()), torch.full_like(t, -sd) * r
 
 
 def _rcm(t: Tensor, r: float | Tensor, sd: float) -> Scalars:
