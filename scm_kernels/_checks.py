@@ -35,7 +35,7 @@ def tensor(name: str, value: object, *, dtypes: tuple = FLOATS) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
     if value.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        names = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
         raise TypeError(f"{name}: got {describe(value)}, expected one of the dtypes {names}")
 
 

@@ -91,6 +91,60 @@ def test_rows_under_the_least_number(backend, dtype, through):
     check(run(backend, case, draw(case, device), through), case, through)
 
 
+@pytest.mark.parametrize(("mask", "size"), [(-1e9, 1e-5), (-1e8, 2e3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cotangents_of_rows_under_a_large_number_stay_in_range(backend, mask, size):
+    """Each counts 1 / n for a key, or, where lse was rounded up, P by its inverse: no float16."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("a GPU's products want cotangents in float16")
+    torch.manual_seed(0)
+    m, n, d = 64, 90 if size > 1 else 512, 16
+    q, k, v = (torch.randn(1, 1, length, d).half() for length in (m, n, n))
+    v.requires_grad_()
+    dout = (size * torch.rand(1, 1, m, d)).half()
+    with scm_kernels.backend(backend):
+        out, _ = attention_jvp(q, k, v, q, k, v, attn_mask=torch.full((m, n), mask))
+        (dv,) = torch.autograd.grad(out, v, dout)
+    scores = (q.float() @ k.float().mT / d**0.5 + mask).double()
+    truth = scores.softmax(-1).mT @ dout.double()
+    torch.testing.assert_close(dv.double(), truth, rtol=3e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cotangents_whose_elements_overlap(backend):
+    """Under a mask that loses scores, where cotangents are multiplied first."""
+    device = device_of(backend)
+    case = Case("overlap", m=5, n=40, d=24, h=2, b=1, mask="least")
+    x = {name: y if y is None else y.requires_grad_() for name, y in draw(case, device).items()}
+    dout = torch.randn(1, 2, 5 + 24, device=device).unfold(2, 24, 1)[:, :, :5]
+    with scm_kernels.backend(backend):
+        try:
+            outputs = attention_jvp(*_arguments(x), **_masks(x), **case.options())[:2]
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        overlapping, dense = (
+            torch.autograd.grad(outputs, _arguments(x), (y, y), retain_graph=True)
+            for y in (dout, dout.contiguous())
+        )
+    for one, other in zip(overlapping, dense, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_and_device_do_not_matter(backend):
+    case = Case("defaults", d=72, logits=4.0)
+    inputs = draw(case, device_of(backend))
+    _backends.forget()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            results = run(backend, case, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        _backends.forget()
+    check(results, case)
+
+
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -295,6 +295,19 @@ def test_autocast_does_what_a_cast_does(x):
         torch.testing.assert_close(gradients, plain, rtol=0, atol=0)
 
 
+def test_autocast_rounds_no_second_derivative(x):
+    """The formula in PyTorch that a double backward differentiates is in float32 at least."""
+    x = [y.requires_grad_() for y in x]
+    results = []
+    for enabled in (False, True):
+        total = sum(map(torch.sum, attention_jvp(*x)))
+        gradients = torch.autograd.grad(total, x, create_graph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), x))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_meta_tensors(x, autocast):
     """Shapes without data; autocast does not know their device."""

@@ -3,6 +3,8 @@
 Values and gradients in eager mode are in `test_tangent.py`, which also holds the formula.
 """
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -147,6 +149,36 @@ def test_second_and_third_derivatives(preset):
         results.append(derivatives)
     for a, e in zip(*results, strict=True):
         close(a, e, rtol=1e-12, scale=max(e.abs().max().item(), 1e-3))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_func_grad_of_grad(preset, power):
+    """Each of functorch's levels has a value and a gradient of its own to differentiate."""
+    (F, *inputs, t, w), options = arguments(), {"preset": preset}
+    leaves = (F,) if preset == "rcm" else (F, w)
+
+    def second(function):
+        def loss(F, *w):
+            return function(F, *inputs, t, *w, **options).pow(power).sum()
+
+        def squares(*leaves):
+            return sum(g.square().sum() for g in torch.func.grad(loss, places)(*leaves))
+
+        places = tuple(range(len(leaves)))
+        return torch.func.grad(squares, places)(*leaves)
+
+    by_sample = functools.partial(consistency_loss, reduction="none")
+    for actual, expected in zip(second(by_sample), second(eager_loss), strict=True):
+        close(actual, expected, rtol=1e-12, scale=max(expected.abs().max().item(), 1e-3))
+
+
+def test_the_value_of_a_vjp_has_a_gradient():
+    F, *others = arguments()
+    F.requires_grad_()
+    value, _ = torch.func.vjp(lambda F: consistency_loss(F, *others), F)
+    truth = torch.autograd.grad(consistency_loss(F, *others), F)
+    torch.testing.assert_close(torch.autograd.grad(value, F), truth)
 
 
 def test_gradients_reach_output_and_log_weight_alone():

@@ -248,8 +248,10 @@ def _corrected(p: Backward, backend: str) -> Backward:
     factors = _backends.plan("attention", "factors", p, backend)(p)
     if factors is None:
         return p
+    # In float32, as a float16 has no room for the product; of a tensor whose elements overlap,
+    # PyTorch chooses the order of a product's dimensions.
     dout, dt_out = (
-        None if x is None else (x * factors[..., None]).to(x.dtype) for x in (p.dout, p.dt_out)
+        None if x is None else _rowwise(x * factors[..., None]) for x in (p.dout, p.dt_out)
     )
     return p._replace(dout=dout, dt_out=dt_out)
 
@@ -268,6 +270,7 @@ class _AttentionBackward(_library.Function):
         return tuple(gradients)
 
     @staticmethod
+    @_library.without_autocast
     def backward(ctx, *cotangents):
         causal, scale, wanted = ctx.options
         saved = list(ctx.saved_tensors)

@@ -35,9 +35,9 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """Gradients through `out` and `t_out`, from what the forward saved.
 
-    An absent cotangent is None, never both. Where dt_out is None, so are tq, tk, tv, tmask, t_out
-    and mu: the gradient through `out` alone does not need them. A gradient that nobody asks for is
-    None.
+    An absent cotangent is None, never both; those of half inputs may be float32. Where dt_out is
+    None, so are tq, tk, tv, tmask, t_out and mu: the gradient through `out` alone does not need
+    them. A gradient that nobody asks for is None.
     """
 
     q: Tensor

@@ -38,6 +38,8 @@ def refuses(problem: Backward) -> str | None:
         return "it wants as many key heads as query heads, and values as wide as queries"
     if p.dmask is not None or (p.mask is not None and p.mask.dtype == torch.bool):
         return "it takes additive masks only, and has no gradient for them"
+    if p.dout.dtype != p.q.dtype:
+        return "it wants cotangents of query's dtype"
     if 0 in p.q.shape or 0 in p.k.shape:
         return "it takes no empty tensors"
     if p.q.device.type == "cuda":

@@ -76,6 +76,9 @@ def plan_attention_factors(p: Backward, precision: str = "ieee") -> Callable[[Ba
 
 def _tensors(p: Backward) -> list[Tensor | None]:
     q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, _, _, dout, dt_out, *gradients = p
+    # Of one dtype, that of products: where `library.py` has corrected cotangents, they are wider.
+    # In float16 a row may lose them: 1e-5, times 1 / 1024 under a mask of -1e9, is no float16.
+    dout, dt_out = (None if x is None else x.to(q.dtype) for x in (dout, dt_out))
     return [q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, out, t_out, *gradients, None]
 
 

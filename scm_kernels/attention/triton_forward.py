@@ -362,7 +362,8 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
-    scale2 = torch.tensor(scale / math.log(2)).item()  # in float32
+    # In float32, whatever the default dtype and the default device are.
+    scale2 = torch.tensor(scale / math.log(2), dtype=torch.float32, device="cpu").item()
     unit = scale if p.q.dtype == torch.float32 else scale / scale2
     if p.mask is not None:
         unit = 1.0

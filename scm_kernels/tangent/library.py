@@ -84,8 +84,8 @@ class _Apply(_library.Function):
     def forward(ctx, f, v, x, j, coefficients, backend):
         ctx.save_for_backward(f, v, x, j)
         ctx.scalar_dtype = coefficients.dtype
-        with _library.below_autograd():
-            return torch.ops.scm_kernels.tangent_apply(f, v, x, j, coefficients, backend)
+        with _library.outer_levels():
+            return tangent_apply.below(f, v, x, j, coefficients, backend)
 
     @staticmethod
     def backward(ctx, dout):
@@ -141,7 +141,8 @@ class _Distance(_library.Function):
     def forward(ctx, f, v, x, j, coefficients, squares, backend):
         ctx.save_for_backward(f, v, x, j, coefficients)
         ctx.backend = backend
-        return squares.clone()
+        with _library.outer_levels():
+            return tangent_distance.below(f, v, x, j, coefficients, squares, backend)
 
     @staticmethod
     def backward(ctx, dq):
