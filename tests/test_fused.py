@@ -372,3 +372,23 @@ def test_eager_attention_forced_by_the_user_stays_rerouted():
         close(fused_jvp(network, primals, tangents), truth)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         close(fused_jvp(network, primals, tangents), truth)
+
+
+class _LearnedBias(torch.nn.Module):
+    """x and the attention of something else, with a bias of the scores that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = nn.Parameter(torch.randn(1, 2, 5, 8, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(1, 2, 5, 5, dtype=torch.float64))
+
+    def forward(self, x):
+        c = self.context
+        return x * F.scaled_dot_product_attention(c, c, c, attn_mask=self.bias)
+
+
+@WAYS
+def test_a_learned_bias_of_attention_without_duals(way):
+    """The decoder of a T5 whose encoder has the tangent."""
+    x, tx = torch.randn(2, 1, 2, 5, 8, dtype=torch.float64)
+    check(way, _LearnedBias(), (x,), (tx,))

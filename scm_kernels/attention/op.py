@@ -88,6 +88,11 @@ def dual_attention(
     # Every input is looked at: the first dual one must not hide a batched one.
     pairs = [_unpack(x) for x in inputs] if forward_ad._current_level >= 0 else []
     if all(tangent is None for _, tangent in pairs):
+        if _learned_outside(attn_mask):
+            q, k, v, mask = _autocast(inputs)
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )[0]
         try:
             return F.scaled_dot_product_attention(
                 *inputs, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -172,6 +177,24 @@ def attention_jvp(
 def has_tangent(x: object) -> bool:
     """Whether x is a dual tensor at the current level."""
     return _unpack(x)[1] is not None
+
+
+def _learned_outside(mask: object) -> bool:
+    """Whether autograd records mask at a level outside of the innermost transform alone.
+
+    PyTorch looks at the innermost one when it chooses a kernel, and its fused one for CPUs has no
+    gradient of the mask.
+    """
+    functorch = torch._C._functorch
+    if not isinstance(mask, Tensor) or mask.device.type != "cpu":
+        return False
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    if torch.compiler.is_compiling():
+        return mask.is_floating_point()  # the levels cannot be read under Dynamo
+    while functorch.is_functorch_wrapped_tensor(mask) and not mask.requires_grad:
+        mask = functorch.get_unwrapped(mask)
+    return mask.requires_grad and torch.is_grad_enabled()
 
 
 def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
