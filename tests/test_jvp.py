@@ -4,6 +4,7 @@ In-place operations are in `test_jvp_inplace.py`, transforms of transforms in
 `test_jvp_transforms.py`, products and bytes in `test_jvp_cost.py`.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from networks import check_jvp, close, dit_case, stock_jvp, true_jvp
 from torch import nn
 
 import scm_kernels
+from scm_kernels.transforms import arithmetic
 from scm_kernels.transforms.rules import RULES
 
 torch.manual_seed(0)
@@ -147,6 +149,19 @@ CALLS = [
         )[0],
     ),
 ]
+
+
+def arithmetic_calls():
+    def forms(function, p, x):
+        a, b = x.exp(), p.vector.exp()
+        numbers = function(a, 1.5) + function(a, 2)
+        return function(a, b) - 2 * function(b, a) + 3 * function(a, a[:1].sin()) + numbers
+
+    for function in arithmetic.RULES:
+        yield function, "batch", functools.partial(forms, function)
+
+
+CALLS += arithmetic_calls()
 
 
 def make(shape, dtype=torch.float64):

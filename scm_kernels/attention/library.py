@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import coerce_cinterpreter
 
 from scm_kernels import _backends, _library
+from scm_kernels._duals import unpack
 from scm_kernels.attention import reference, torch_flash
 from scm_kernels.attention.problem import Backward, Forward
 
@@ -25,16 +26,6 @@ _INSTEAD = (
 # A dual tensor of the plain `forward_ad.dual_level` whose tangents `op.py` passes, else None: it
 # has lost its tangent once that level has ended. functorch's transforms end before a backward.
 dual_level: ContextVar[Tensor | None] = ContextVar("scm_kernels_dual_level", default=None)
-
-
-def unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
-    if not isinstance(x, Tensor):  # None, or what the checks will refuse
-        return x, None
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
 
 
 def is_dual_outside(x: object) -> bool:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checks, _library, _plans
+from scm_kernels._duals import Dual, make_dual, unpack
 from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention import library
-from scm_kernels.attention.library import is_dual_outside, unpack
+from scm_kernels.attention.library import is_dual_outside
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
 _OUTER_LEVEL = (
@@ -107,14 +108,13 @@ def dual_attention(
             f"dropout_p: got {dropout_p!r}, expected 0.0 where an input is a dual tensor: primal "
             "and tangent would have to share one dropout mask, which is not supported"
         )
+    apart = any(type(x) is Dual for x in inputs)
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
-        if isinstance(query, Tensor) and _checks.under_autocast(query):
-            pairs = map(unpack, _autocast(inputs))
         (q, tq), (k, tk), (v, tv), (mask, tmask) = pairs
-        tensors = (q, k, v, tq, tk, tv, mask, tmask)
-        with _inside_level():
+        tensors = _autocast((q, k, v, tq, tk, tv, mask, tmask))
+        with nullcontext() if apart else _inside_level():
             out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
-        return forward_ad.make_dual(out, t_out)
+        return Dual(out, t_out) if apart else make_dual(out, t_out)
 
 
 def attention_jvp(

@@ -2,18 +2,40 @@
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from scm_kernels._duals import (
+    Dual,
+    apart,
+    current_level,
+    jvp_at_work,
+    make_dual,
+    outside,
+    without_tangent_graph,
+)
 from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention.op import has_tangent
-from scm_kernels.transforms.rules import RULES, attention
+from scm_kernels.transforms.rules import RULES, attention, multi_head_attention
 
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
+# Functions that are linear in all that may be dual: their tangents are functions of tangents alone,
+# of which autograd has no graph where it is to keep none.
+_LINEAR = frozenset(
+    getattr(place, name)
+    for name in (
+        *("view", "view_as", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
+        *("expand_as", "transpose", "permute", "movedim", "chunk", "split", "unbind", "select"),
+        *("narrow", "__getitem__", "contiguous", "clone", "to", "float", "type_as", "cat", "stack"),
+        *("pad", "repeat", "roll", "flip", "add", "sub", "neg", "__neg__", "sum", "mean", "where"),
+    )
+    for place in (torch, Tensor, F)
+    if hasattr(place, name)
+)
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
 
@@ -46,32 +68,60 @@ class Fused(TorchFunctionMode):
         super().__init__()
         self.forget_level = forget_level
         self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
+        self.dual = make_dual  # what a rule makes its result of
 
     @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if forward_ad._current_level < 0 or func in _DUAL_FUNCTIONS:
             return func(*args, **kwargs)
-        self.tangent_grad = self.forget_level is None or self.forget_level != current_level()
+        level = current_level()
+        self.tangent_grad = self.forget_level is None or self.forget_level != level
         rule = RULES.get(func)
-        # Attention looks for itself, also for tangents of outer levels.
-        if rule is attention or (
-            rule is not None and any(map(has_tangent, (*args, *kwargs.values())))
-        ):
-            return rule(self, *args, **kwargs)
+        if rule is not None:
+            out = self._by_rule(rule, level, args, kwargs)
+            if out is not NotImplemented:
+                return out
         custom = _is_custom(func)
         if custom:
             _refuse_mutation(func, (args, kwargs))
         out = func(*args, **kwargs)
         if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
-        return out if self.tangent_grad else _forget_graph(func, out)
+        if self.tangent_grad or (not torch.compiler.is_compiling() and func in _LINEAR):
+            return out
+        return _forget_graph(out, level)
+
+    def _by_rule(self, rule, level: int, args, kwargs):
+        """What a rule makes of a call, NotImplemented where it is PyTorch's own."""
+        if kwargs.get("out") is not None:  # PyTorch refuses it on dual tensors, in its own words
+            return NotImplemented
+        jvp = jvp_at_work()
+        shortcut = getattr(rule, "is_shortcut", False)
+        if shortcut and jvp is None and (level > 0 or torch.compiler.is_compiling()):
+            return NotImplemented
+        if rule is multi_head_attention or jvp is None:
+            ruled = any(map(has_tangent, (*args, *kwargs.values())))
+        else:
+            parts = [apart(x, level) for x in args]
+            named = {name: apart(x, level) for name, x in kwargs.items()}
+            if any(map(_has_tangent, (*parts, *named.values()))):
+                self.dual = Dual
+                with outside():
+                    out = rule(self, *parts, **named)
+                return out if out is NotImplemented else make_dual(*out)
+            ruled = False
+        if ruled or rule is attention:  # which looks for tangents of outer levels too
+            self.dual = make_dual
+            return rule(self, *args, **kwargs)
+        return NotImplemented
 
 
-def current_level() -> int:
-    """The level of functorch's innermost transform, 0 outside of any; under Dynamo too."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return 0 if interpreter is None else coerce_cinterpreter(interpreter).level()
+def _has_tangent(x: object) -> bool:
+    """Of an argument whose tensors are apart."""
+    if type(x) is Dual:
+        return x.tangent is not None
+    return type(x) is list and any(map(_has_tangent, x))
 
 
 def _is_custom(func) -> bool:
@@ -125,30 +175,10 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
             )
 
 
-def _forget_graph(func, out):
+def _forget_graph(out, level: int):
     """The results, their tangents without a graph; what was saved for one is freed here."""
-    if isinstance(out, Tensor):
-        return _without_tangent_graph(out)
-    if isinstance(out, (tuple, list, dict)):
-        return pytree.tree_map_only(Tensor, _without_tangent_graph, out)
-    return out
-
-
-def _without_tangent_graph(x: Tensor) -> Tensor:
-    if not x.is_floating_point() and not x.is_complex():
-        return x
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is None or not _has_graph(tangent):
-        return x  # and a view stays a view: rewrapping it would cut it off from its base
-    return forward_ad.make_dual(primal, tangent.detach())
-
-
-def _has_graph(x: Tensor) -> bool:
-    """Whether autograd records x, at any level of functorch's stack."""
-    if torch.compiler.is_compiling():
-        return True  # the levels cannot be read under Dynamo, and detaching is free in a graph
-    while not x.requires_grad:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return True
+    if type(out) is tuple and all(isinstance(x, Tensor) for x in out):
+        return tuple(without_tangent_graph(x, level) for x in out)
+    if isinstance(out, (tuple, list, dict)) and type(out) is not torch.Size:
+        return pytree.tree_map_only(Tensor, lambda x: without_tangent_graph(x, level), out)
+    return without_tangent_graph(out, level)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from scm_kernels import _checks
-from scm_kernels.transforms.fused import Fused, current_level
+from scm_kernels._duals import current_level
+from scm_kernels.transforms.fused import Fused
 
 
 def jvp(

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from scm_kernels.attention.op import unpack
+from scm_kernels._duals import Dual, unpack
 
 
 def tangent_context(mode):
@@ -27,7 +27,11 @@ def on_primals(func, *operands, composite: bool = False):
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
     which saves results of its own, those too. functorch's transforms end before.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        any(type(x) is Dual for x in operands)
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return func(*(unpack(x)[0] for x in operands))
     if composite:
         return unpack(func(*operands))[0]
@@ -38,9 +42,7 @@ def on_primals(func, *operands, composite: bool = False):
 def bilinear(func, *names: str):
     """A rule for `func(x, w, ...)` or `func(x, w, b, ...)`, whose first parameters are `names`."""
 
-    def rule(mode, *args, out=None, **kwargs):
-        if out is not None:  # PyTorch refuses it on dual tensors, in its own words
-            return func(*args, out=out, **kwargs)
+    def rule(mode, *args, **kwargs):
         rest = args[len(names) :]
         operands = [*args[: len(names)], *(kwargs.pop(name, None) for name in names[len(args) :])]
         (x, tx), (w, tw), *biases = map(unpack, operands)
@@ -58,7 +60,7 @@ def bilinear(func, *names: str):
             if tw is not None:
                 part = call(x, tw, *(t_biases if tx is None else [None] * len(biases)))
                 t_out = part if t_out is None else t_out + part
-        return forward_ad.make_dual(out, t_out)
+        return mode.dual(out, t_out)
 
     return rule
 
@@ -66,11 +68,11 @@ def bilinear(func, *names: str):
 def einsum(mode, equation, *operands):
     """The product rule for `torch.einsum(equation, *operands)`."""
     if not isinstance(equation, str):  # the form with sublists
-        return torch.einsum(equation, *operands)
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        return NotImplemented
+    if len(operands) == 1 and type(operands[0]) in (list, tuple):
         operands = operands[0]
     if len(operands) == 1:  # no product; and what may be a view has to stay one
-        return torch.einsum(equation, *operands)
+        return NotImplemented
     primals, tangents = zip(*map(unpack, operands), strict=True)
     out = on_primals(
         lambda *operands: torch.einsum(equation, *operands), *operands, composite=len(operands) > 2
@@ -81,4 +83,4 @@ def einsum(mode, equation, *operands):
             if tangent is not None:
                 part = torch.einsum(equation, *primals[:i], tangent, *primals[i + 1 :])
                 t_out = part if t_out is None else t_out + part
-    return forward_ad.make_dual(out, t_out)
+    return mode.dual(out, t_out)

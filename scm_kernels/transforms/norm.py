@@ -12,11 +12,11 @@ they take mean and r for constants: the gradient through their tangents is wrong
 """
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from scm_kernels.attention.op import has_tangent, unpack
+from scm_kernels._duals import Dual, unpack
+from scm_kernels.attention.op import has_tangent
 from scm_kernels.transforms.linear import on_primals, tangent_context
 
 
@@ -32,7 +32,7 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
         t_out = _affine(*_normalize(x, tx, dims, eps, center=True), w, tw, tb)
-    return forward_ad.make_dual(out, t_out.to(out.dtype))
+    return mode.dual(out, t_out.to(out.dtype))
 
 
 def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
@@ -46,7 +46,7 @@ def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
         if eps is None:  # PyTorch takes that of the dtype in which it computes
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         t_out = _affine(*_normalize(x, tx, dims, eps, center=False), w, tw, None)
-    return forward_ad.make_dual(out, t_out.to(out.dtype))
+    return mode.dual(out, t_out.to(out.dtype))
 
 
 def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
@@ -66,7 +66,7 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
         channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
         t_out = _affine(xhat.flatten(1, 2), t_xhat, w, tw, tb)
-    return forward_ad.make_dual(out, t_out.to(out.dtype))
+    return mode.dual(out, t_out.to(out.dtype))
 
 
 def batch_norm(
@@ -83,11 +83,12 @@ def batch_norm(
     """`F.batch_norm`; x [B, C, ...], statistics over all but C, or the running ones."""
 
     def forward(x, w, b):
-        return F.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
+        return F.batch_norm(x, *map(_plain, running), w, b, training, momentum, eps)
 
-    running = None if training else (running_mean, running_var)
-    dims = (0, *range(2, input.ndim))
-    return _channel_norm(mode, forward, input, weight, bias, dims, running, eps)
+    running = running_mean, running_var
+    dims = (0, *range(2, unpack(input)[0].ndim))
+    used = None if training else running
+    return _channel_norm(mode, forward, input, weight, bias, dims, used, eps)
 
 
 def instance_norm(
@@ -104,11 +105,17 @@ def instance_norm(
     """`F.instance_norm`; x [B, C, ...], statistics over the positions, or the running ones."""
 
     def forward(x, w, b):
-        return F.instance_norm(x, running_mean, running_var, w, b, use_input_stats, momentum, eps)
+        return F.instance_norm(x, *map(_plain, running), w, b, use_input_stats, momentum, eps)
 
-    running = None if use_input_stats else (running_mean, running_var)
-    dims = tuple(range(2, input.ndim))
-    return _channel_norm(mode, forward, input, weight, bias, dims, running, eps)
+    running = running_mean, running_var
+    dims = tuple(range(2, unpack(input)[0].ndim))
+    used = None if use_input_stats else running
+    return _channel_norm(mode, forward, input, weight, bias, dims, used, eps)
+
+
+def _plain(x: Tensor | Dual | None) -> Tensor | None:
+    """A running mean or variance, of which `_channel_norm` has refused tangents."""
+    return x.primal if type(x) is Dual else x
 
 
 def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
@@ -126,11 +133,11 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
         if running is None:
             xhat, t_xhat = _normalize(x, tx, dims, eps, center=True)
         else:
-            mean, var = (a.reshape(channels) for a in running)
+            mean, var = (_plain(a).reshape(channels) for a in running)
             r = torch.rsqrt(var + eps)
             xhat, t_xhat = (x - mean) * r, None if tx is None else tx * r
         t_out = _affine(xhat, t_xhat, w, tw, tb)
-    return forward_ad.make_dual(out, t_out.to(out.dtype))
+    return mode.dual(out, t_out.to(out.dtype))
 
 
 def _normalize(x, tx, dims: tuple[int, ...], eps: float, *, center: bool):

@@ -1,0 +1,124 @@
+"""Dual tensors: their parts, and where those are computed.
+
+Inside of `torch.func.jvp` every op goes through functorch's stack of transforms, which keeps the
+host busy several times as long as the op itself. A rule of `transforms/rules.py` needs none of it:
+it is handed the parts of its dual tensors as they are outside of the jvp, computes there, and what
+it returns is made dual inside again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C._functorch import CInterpreter, CJvpInterpreterPtr, TransformType
+from torch._functorch.pyfunctorch import coerce_cinterpreter
+
+_functorch = torch._C._functorch
+
+
+class Dual(NamedTuple):
+    """The parts of a tensor outside of the jvp that is at work on it."""
+
+    primal: Tensor
+    tangent: Tensor | None
+
+
+def unpack(x: object) -> tuple[object, Tensor | None]:
+    """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
+    if type(x) is Dual:
+        return x
+    if x is None or not isinstance(x, Tensor) or forward_ad._current_level < 0:
+        return x, None  # None, or what the checks will refuse
+    if torch.compiler.is_compiling():
+        return forward_ad.unpack_dual(x)
+    return _parts(x)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    # Not `forward_ad.unpack_dual`, which for the sake of an export takes twice as long.
+    primal, tangent = torch._VF._unpack_dual(x, level=0)
+    return primal, None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The dual tensor; the first of a program is to be made by PyTorch's function of this name."""
+    if torch.compiler.is_compiling():
+        return forward_ad.make_dual(primal, tangent)
+    return torch._VF._make_dual(primal, tangent, level=0)
+
+
+def current_level() -> int:
+    """The level of functorch's innermost transform, 0 outside of any; under Dynamo too."""
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter is None:
+        return 0
+    if torch.compiler.is_compiling():
+        interpreter = coerce_cinterpreter(interpreter)
+    return interpreter.level()
+
+
+def jvp_at_work() -> CInterpreter | None:
+    """functorch's innermost transform, if that is a jvp and ops may be computed outside of it."""
+    if torch.compiler.is_compiling():
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != TransformType.Jvp:
+        return None
+    return interpreter if CJvpInterpreterPtr(interpreter).prevFwdGradMode() else None
+
+
+def apart(x: object, level: int) -> object:
+    """x with a `Dual`, outside of the jvp of this level, in place of each tensor."""
+    if not isinstance(x, Tensor):
+        return [apart(y, level) for y in x] if isinstance(x, (list, tuple)) else x
+    if _functorch.maybe_get_level(x) != level:
+        return Dual(x, None)
+    primal, tangent = _parts(x)
+    return Dual(_outside(primal, level), _outside(tangent, level))
+
+
+def _outside(x: Tensor | None, level: int) -> Tensor | None:
+    if x is None or _functorch.maybe_get_level(x) != level:
+        return x
+    return _functorch.get_unwrapped(x)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Outside of functorch's innermost transform, for tensors that are so too."""
+    layer = _functorch.pop_dynamic_layer_stack()
+    try:
+        yield
+    finally:
+        _functorch.push_dynamic_layer_stack(layer)
+
+
+def without_tangent_graph(x: object, level: int) -> object:
+    """x, whose tangent, if it has one, autograd does not record any more."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    if level and not torch.compiler.is_compiling() and _functorch.maybe_get_level(x) != level:
+        return x  # not dual in here
+    primal, tangent = unpack(x)
+    if tangent is None or not _has_graph(tangent):
+        return x  # and a view stays a view: rewrapping it would cut it off from its base
+    if jvp_at_work() is None:
+        return make_dual(primal, tangent.detach())
+    tangent = _outside(tangent, level)
+    with outside():
+        tangent = tangent.detach()
+    return make_dual(primal, tangent)
+
+
+def _has_graph(x: Tensor) -> bool:
+    """Whether autograd records x, at any level of functorch's stack."""
+    if torch.compiler.is_compiling():
+        return True  # the levels cannot be read under Dynamo, and detaching is free in a graph
+    while not x.requires_grad:
+        if not _functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
+    return True
