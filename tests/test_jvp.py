@@ -158,7 +158,11 @@ def arithmetic_calls():
         return function(a, b) - 2 * function(b, a) + 3 * function(a, a[:1].sin()) + numbers
 
     for function in arithmetic.RULES:
+        if function in (F.silu, F.gelu):
+            continue
         yield function, "batch", functools.partial(forms, function)
+    yield F.silu, "batch", lambda p, x: F.silu(x @ p.square) + F.silu(x.clone(), inplace=True)
+    yield F.gelu, "batch", lambda p, x: F.gelu(x @ p.square) + F.gelu(x, approximate="tanh")
 
 
 CALLS += arithmetic_calls()

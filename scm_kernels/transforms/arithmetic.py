@@ -1,16 +1,20 @@
-"""Sums, differences, products and quotients on dual tensors.
+"""Sums, differences, products, quotients and activations on dual tensors.
 
-PyTorch has formulas for them, but where one operand has no tangent it takes zeros without memory
-for one, and asks Python for the shape of what comes of them: 0.4 ms of the host a call (measured),
-where the operation takes 2 us. Here, what is absent costs nothing.
+PyTorch has formulas for them. But where one operand has no tangent it takes zeros without memory
+for one, and asks Python for the shape of what comes of them: 0.2 to 0.6 ms of the host a call, on
+2 cores of an AMD EPYC, where the operation takes 2 us. Here, what is absent costs nothing.
 
     x + y    tx + ty                 x y    tx y + x ty
     x - y    tx - ty                 x / y  (tx - (x / y) ty) / y
+
+And the tangent of an activation in half types is f'(x) tx, PyTorch's kernel of the gradient of f,
+in one rounding; its formula makes a graph of half a dozen operations. That is left to the others.
 """
 
 import numbers
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels._duals import Dual, unpack
@@ -53,11 +57,26 @@ def binary(func, tangent, *, reflected: bool = False):
         if len(args) != 2 or kwargs or not all(map(_is_operand, args)):
             return NotImplemented
         (x, tx), (y, ty) = map(unpack, reversed(args) if reflected else args)
-        if tx is not None and ty is not None:
-            return NotImplemented
         out = on_primals(func, *args)
         with tangent_context(mode):
             return mode.dual(out, tangent(out, x, tx, y, ty))
+
+    rule.is_shortcut = True
+    return rule
+
+
+def activation(func, tangent):
+    """A rule for `func(x)` with options, whose tangent is `tangent(tx, x, **options)`."""
+
+    def rule(mode, *args, inplace=False, **options):
+        if len(args) != 1 or inplace or mode.tangent_grad:
+            return NotImplemented
+        x, tx = unpack(args[0])
+        if x.dtype.itemsize > 2:
+            return NotImplemented
+        out = on_primals(lambda x: func(x, **options), *args)
+        with tangent_context(mode):
+            return mode.dual(out, tangent(tx, x, **options))
 
     rule.is_shortcut = True
     return rule
@@ -86,3 +105,5 @@ RULES = {
     getattr(Tensor, name): binary(getattr(Tensor, name), tangent, reflected=True)
     for tangent, name in _REFLECTED.items()
 }
+RULES[F.silu] = activation(F.silu, torch.ops.aten.silu_backward)
+RULES[F.gelu] = activation(F.gelu, torch.ops.aten.gelu_backward)

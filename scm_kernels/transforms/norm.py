@@ -11,10 +11,13 @@ they take mean and r for constants: the gradient through their tangents is wrong
 `torch.compile` fails on the affine ones inside a jvp.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scm_kernels import _checks
 from scm_kernels._duals import Dual, unpack
 from scm_kernels.attention.op import has_tangent
 from scm_kernels.transforms.linear import on_primals, tangent_context
@@ -25,7 +28,14 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
 
     `cudnn_enable` comes from `torch.layer_norm`, and has no effect there either.
     """
-    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
+    if _symmetric(mode, input, weight):
+        out, *stats = torch.native_layer_norm(x, normalized_shape, w, b, eps)
+        with tangent_context(mode):
+            t_xhat, _, _ = torch.ops.aten.native_layer_norm_backward(
+                tx, x, normalized_shape, *stats, None, None, (True, False, False)
+            )
+            return mode.dual(out, _affine(out, t_xhat, w, None, tb).to(out.dtype))
     out = on_primals(
         lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
     )
@@ -54,7 +64,17 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
 
     `cudnn_enabled` comes from `torch.group_norm`, and has no effect there either.
     """
-    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
+    channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
+    if _symmetric(mode, input, weight) and x.is_contiguous() and x.numel() > 0:
+        sizes = (*x.shape[:2], math.prod(x.shape[2:]))
+        out, *stats = torch.native_group_norm(x, w, b, *sizes, num_groups, eps)
+        with tangent_context(mode):
+            t_xhat, _, _ = torch.ops.aten.native_group_norm_backward(
+                tx.contiguous(), x, *stats, None, *sizes, num_groups, (True, False, False)
+            )
+            w, tb = (None if a is None else a.reshape(channels) for a in (w, tb))
+            return mode.dual(out, _affine(out, t_xhat, w, None, tb).to(out.dtype))
     out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
     with tangent_context(mode):
         # [B, groups, C / groups, ...]: views in any layout, channels_last too.
@@ -63,7 +83,6 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
         dims = tuple(range(2, grouped.ndim))
         xhat, t_xhat = _normalize(grouped, t_grouped, dims, eps, center=True)
         t_xhat = None if t_xhat is None else t_xhat.flatten(1, 2)
-        channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
         t_out = _affine(xhat.flatten(1, 2), t_xhat, w, tw, tb)
     return mode.dual(out, t_out.to(out.dtype))
@@ -138,6 +157,20 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
             xhat, t_xhat = (x - mean) * r, None if tx is None else tx * r
         t_out = _affine(xhat, t_xhat, w, tw, tb)
     return mode.dual(out, t_out.to(out.dtype))
+
+
+def _symmetric(mode, input, weight) -> bool:
+    """Whether txhat is PyTorch's kernel of the gradient at tx: the Jacobian of xhat in x,
+    r (1 - 1 1^T / n - xhat xhat^T / n), is symmetric.
+
+    That has no graph, and for half types a CPU keeps r no better than that.
+    """
+    if type(input) is not Dual or input.tangent is None or mode.tangent_grad:
+        return False
+    if type(weight) is Dual and weight.tangent is not None:
+        return False
+    x = input.primal
+    return (x.is_cuda or x.dtype.itemsize >= 4) and not _checks.under_autocast(x)
 
 
 def _normalize(x, tx, dims: tuple[int, ...], eps: float, *, center: bool):
