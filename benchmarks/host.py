@@ -18,6 +18,7 @@ import torch
 import scm_kernels
 from benchmarks import offline
 from benchmarks.common import report
+from examples.digits.model import Block, ModelConfig
 from scm_kernels.tangent import library as tangent
 
 
@@ -31,6 +32,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     t = torch.rand(32, device=device)
     scalars = torch.rand(32, 4, dtype=torch.float64, device=device)
     normalize = tangent.tangent_normalize
+    block = Block(ModelConfig(width=64, depth=1, heads=2)).to(device)
+    h, t_h, m, t_m = (torch.randn(1, n, 64, device=device) for n in (16, 16, 4, 4))
     return {
         "attention_jvp": lambda: scm_kernels.attention_jvp(*x),
         "attention_jvp, graph kept": lambda: scm_kernels.attention_jvp(*leaves),
@@ -39,6 +42,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         ),
         "tangent_normalize": lambda: normalize(F, V, X, J, scalars, 0.1, False, False, ""),
         "normalized_tangent": lambda: scm_kernels.normalized_tangent(F, V, X, J, t),
+        "a DiT block": lambda: block(h, m),
+        "jvp of a DiT block": lambda: scm_kernels.jvp(block, (h, m), (t_h, t_m)),
         "torch.empty_like": lambda: torch.empty_like(F),
     }
 
