@@ -17,6 +17,8 @@ from torch._C._functorch import CInterpreter, CJvpInterpreterPtr, TransformType
 from torch._functorch.pyfunctorch import coerce_cinterpreter
 
 _functorch = torch._C._functorch
+# Not those of `forward_ad`, which for the sake of an export take twice as long.
+_unpack_dual, _make_dual = torch._VF._unpack_dual, torch._VF._make_dual
 
 
 class Dual(NamedTuple):
@@ -38,8 +40,7 @@ def unpack(x: object) -> tuple[object, Tensor | None]:
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    # Not `forward_ad.unpack_dual`, which for the sake of an export takes twice as long.
-    primal, tangent = torch._VF._unpack_dual(x, level=0)
+    primal, tangent = _unpack_dual(x, level=0)
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
@@ -47,7 +48,7 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     """The dual tensor; the first of a program is to be made by PyTorch's function of this name."""
     if torch.compiler.is_compiling():
         return forward_ad.make_dual(primal, tangent)
-    return torch._VF._make_dual(primal, tangent, level=0)
+    return _make_dual(primal, tangent, level=0)
 
 
 def current_level() -> int:

@@ -59,7 +59,8 @@ def binary(func, tangent, *, reflected: bool = False):
         (x, tx), (y, ty) = map(unpack, reversed(args) if reflected else args)
         out = on_primals(func, *args)
         with tangent_context(mode):
-            return mode.dual(out, tangent(out, x, tx, y, ty))
+            t_out = tangent(out, x, tx, y, ty)
+        return mode.dual(out, t_out)
 
     rule.is_shortcut = True
     return rule
@@ -76,7 +77,8 @@ def activation(func, tangent):
             return NotImplemented
         out = on_primals(lambda x: func(x, **options), *args)
         with tangent_context(mode):
-            return mode.dual(out, tangent(tx, x, **options))
+            t_out = tangent(tx, x, **options)
+        return mode.dual(out, t_out)
 
     rule.is_shortcut = True
     return rule

@@ -48,8 +48,9 @@ def fused() -> TorchFunctionMode:
             out, t_out = torch.func.jvp(model, (x, t), (t_x, t_t))
 
     The model stays as it is: `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, linear
-    layers, convolutions, matrix products and norms are rerouted. A call without a dual input is
-    PyTorch's own, bitwise. A custom op that would drop a tangent raises `NotImplementedError`.
+    layers, convolutions, matrix products, norms and arithmetic are rerouted. A call without a dual
+    input is PyTorch's own, bitwise. A custom op that would drop a tangent raises
+    `NotImplementedError`.
 
     Returns:
         A context manager (a `torch.overrides.TorchFunctionMode`).

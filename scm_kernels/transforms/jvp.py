@@ -23,10 +23,11 @@ def jvp(
     """The output of a network and its directional derivative, in one pass.
 
     The contract of `torch.func.jvp`. Inside, attention, linear layers, convolutions, matrix
-    products and norms on dual tensors take this package's paths, of an unmodified model. `out`
-    keeps its autograd graph, so that the network's parameters get gradients through it. With
-    `tangent_grad` False no graph and no saved activation is kept for `t_out`: one pass serves both
-    the target of a consistency model and the gradient, in the memory of an ordinary forward.
+    products, norms and arithmetic on dual tensors take this package's paths, of an unmodified
+    model. `out` keeps its autograd graph, so that the network's parameters get gradients through
+    it. With `tangent_grad` False no graph and no saved activation is kept for `t_out`: one pass
+    serves both the target of a consistency model and the gradient, in the memory of an ordinary
+    forward.
 
     Args:
         func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with

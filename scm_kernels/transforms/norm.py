@@ -35,7 +35,8 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
             t_xhat, _, _ = torch.ops.aten.native_layer_norm_backward(
                 tx, x, normalized_shape, *stats, None, None, (True, False, False)
             )
-            return mode.dual(out, _affine(out, t_xhat, w, None, tb).to(out.dtype))
+            t_out = _affine(out, t_xhat, w, None, tb)
+        return mode.dual(out, t_out.to(out.dtype))
     out = on_primals(
         lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
     )
@@ -74,7 +75,8 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
                 tx.contiguous(), x, *stats, None, *sizes, num_groups, (True, False, False)
             )
             w, tb = (None if a is None else a.reshape(channels) for a in (w, tb))
-            return mode.dual(out, _affine(out, t_xhat, w, None, tb).to(out.dtype))
+            t_out = _affine(out, t_xhat, w, None, tb)
+        return mode.dual(out, t_out.to(out.dtype))
     out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
     with tangent_context(mode):
         # [B, groups, C / groups, ...]: views in any layout, channels_last too.
