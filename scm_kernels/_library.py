@@ -34,6 +34,8 @@ _AUTOCAST = _keys(*("Autocast" + device for device in _DEVICES))
 _ORDINARY = _keys("ADInplaceOrView", *_DEVICES, *("Autograd" + device for device in _DEVICES))
 _UNUSUAL = ~(_ORDINARY | _AUTOCAST).raw_repr()
 _keys_of = torch._C._dispatch_keys
+# Not `forward_ad.unpack_dual`, which for the sake of an export takes twice as long.
+_unpack_dual = torch._VF._unpack_dual
 
 __all__ = [
     "LIBRARY",
@@ -163,8 +165,7 @@ def refuse_duals(op: str, instead: str, tensors: Iterable[Tensor | None]) -> Non
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
-        # Not `forward_ad.unpack_dual`, which for the sake of an export takes twice as long.
-        if tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None:
+        if tensor is not None and _unpack_dual(tensor, level=0)[1] is not None:
             raise NotImplementedError(
                 f"scm_kernels.{op} got a dual tensor where only plain tensors are expected: its "
                 "tangent would be "
