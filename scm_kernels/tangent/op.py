@@ -274,6 +274,11 @@ def _options(preset, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
         _checks.tensor("warmup", warmup)
         if warmup.ndim > 0:
             _check_scalar("warmup", warmup, output)
+        elif warmup.device.type != "cpu" and warmup.device != output.device:
+            raise ValueError(
+                f"warmup: got {_checks.describe(warmup)}, expected output's device, "
+                f"{output.device}, or the CPU"
+            )
     else:
         warmup = _checks.number("warmup", warmup, low=0.0, high=1.0)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
