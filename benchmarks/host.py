@@ -22,12 +22,28 @@ from examples.digits.model import Block, ModelConfig
 from scm_kernels.tangent import library as tangent
 
 
+class Nothing(torch.autograd.Function):
+    """What PyTorch itself takes for the tensors of `attention_jvp` and of its gradient."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        out, t_out = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+        ctx.save_for_backward(*tensors, out, t_out)
+        return out, t_out
+
+    @staticmethod
+    def backward(ctx, dout, dt_out):
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return tuple(torch.empty_like(x) if want else None for x, want in wanted)
+
+
 def calls(device: str) -> dict[str, Callable[[], object]]:
     """Each op on tensors so small that only the host counts."""
     x = [torch.randn(1, 2, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(6)]
     leaves = [y.clone().requires_grad_() for y in x]
     out, t_out = scm_kernels.attention_jvp(*leaves)
     cotangents = torch.randn_like(out), torch.randn_like(out)
+    nothing = Nothing.apply(*leaves)
     F, V, X, J = torch.randn(4, 32, 256, device=device)
     t = torch.rand(32, device=device)
     scalars = torch.rand(32, 4, dtype=torch.float64, device=device)
@@ -39,6 +55,10 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         "attention_jvp, graph kept": lambda: scm_kernels.attention_jvp(*leaves),
         "its backward, both outputs": lambda: torch.autograd.grad(
             (out, t_out), leaves[:3], cotangents, retain_graph=True
+        ),
+        "of which PyTorch's, graph kept": lambda: Nothing.apply(*leaves),
+        "of which PyTorch's, backward": lambda: torch.autograd.grad(
+            nothing, leaves[:3], cotangents, retain_graph=True
         ),
         "tangent_normalize": lambda: normalize(F, V, X, J, scalars, 0.1, False, False, ""),
         "normalized_tangent": lambda: scm_kernels.normalized_tangent(F, V, X, J, t),

@@ -91,7 +91,7 @@ class Call:
     def __call__(self, tensors) -> tuple[Tensor, ...]:
         _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
         if _library.differentiable(tensors):
-            return _library.apply(_Attention, *tensors, *self.options, self)
+            return _Attention.apply(*tensors, *self.options, self)  # no transform is about
         return self.run(tensors)
 
     @_library.without_autocast
