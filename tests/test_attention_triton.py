@@ -21,6 +21,7 @@ from scm_kernels import _backends, _triton, attention_jvp
 from scm_kernels.attention import triton as attention_triton
 from scm_kernels.attention import triton_config
 from scm_kernels.attention.problem import Backward, Forward
+from scm_kernels.attention.triton_backward_config import atomic_row
 
 offline = pytest.importorskip("benchmarks.offline")  # it needs Triton
 a100 = pytest.importorskip("benchmarks.a100")
@@ -154,7 +155,13 @@ def every_problem(dtype: torch.dtype) -> list:
         "bias": ("backward, out, mask", "backward, both, mask"),
         "bias and tangent": ("backward, both, mask",),
     }
-    return [
+    atomics = [
+        a100.Problem("backward, both, atomics", dtype, d, causal)
+        for d in a100.HEAD_DIMS
+        for causal in (False, True)
+        if atomic_row("sm_80", dtype, d) is not None
+    ]
+    return atomics + [
         a100.Problem(name, dtype, d, causal, mask=mask)
         for mask in a100.MASKS
         for name in (*names, *of_masks.get(mask, ()))
