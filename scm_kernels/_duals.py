@@ -39,7 +39,16 @@ def unpack(x: object) -> tuple[object, Tensor | None]:
     return _parts(x)
 
 
+def primals(x: object) -> object:
+    """An option of a rule, which may be a tensor, or a list with some, without its `Dual`s."""
+    if type(x) is list:
+        return [primals(y) for y in x]
+    return x.primal if type(x) is Dual else x
+
+
 def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    if x.layout is not torch.strided or x.is_nested:
+        return x, None  # there are no views of it, and so no dual ones
     primal, tangent = _unpack_dual(x, level=0)
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 

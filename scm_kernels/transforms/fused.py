@@ -18,7 +18,7 @@ from scm_kernels._duals import (
 )
 from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention.op import has_tangent
-from scm_kernels.transforms.rules import RULES, attention, multi_head_attention
+from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_head_attention
 
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
@@ -79,6 +79,8 @@ class Fused(TorchFunctionMode):
         level = current_level()
         self.tangent_grad = self.forget_level is None or self.forget_level != level
         rule = RULES.get(func)
+        if rule is None and not torch.compiler.is_compiling():
+            rule = EAGER_RULES.get(func)
         if rule is not None:
             out = self._by_rule(rule, level, args, kwargs)
             if out is not NotImplemented:

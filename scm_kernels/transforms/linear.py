@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from scm_kernels._duals import Dual, unpack
+from scm_kernels._duals import Dual, primals, unpack
 
 
 def tangent_context(mode):
@@ -43,8 +43,9 @@ def bilinear(func, *names: str):
     """A rule for `func(x, w, ...)` or `func(x, w, b, ...)`, whose first parameters are `names`."""
 
     def rule(mode, *args, **kwargs):
-        rest = args[len(names) :]
+        rest = primals([*args[len(names) :]])
         operands = [*args[: len(names)], *(kwargs.pop(name, None) for name in names[len(args) :])]
+        kwargs = {name: primals(option) for name, option in kwargs.items()}
         (x, tx), (w, tw), *biases = map(unpack, operands)
 
         def call(x, w, *bias):
@@ -73,7 +74,7 @@ def einsum(mode, equation, *operands):
         operands = operands[0]
     if len(operands) == 1:  # no product; and what may be a view has to stay one
         return NotImplemented
-    primals, tangents = zip(*map(unpack, operands), strict=True)
+    parts, tangents = zip(*map(unpack, operands), strict=True)
     out = on_primals(
         lambda *operands: torch.einsum(equation, *operands), *operands, composite=len(operands) > 2
     )
@@ -81,6 +82,6 @@ def einsum(mode, equation, *operands):
         t_out = None
         for i, tangent in enumerate(tangents):
             if tangent is not None:
-                part = torch.einsum(equation, *primals[:i], tangent, *primals[i + 1 :])
+                part = torch.einsum(equation, *parts[:i], tangent, *parts[i + 1 :])
                 t_out = part if t_out is None else t_out + part
     return mode.dual(out, t_out)

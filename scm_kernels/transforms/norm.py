@@ -11,14 +11,12 @@ they take mean and r for constants: the gradient through their tangents is wrong
 `torch.compile` fails on the affine ones inside a jvp.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _checks
-from scm_kernels._duals import Dual, unpack
+from scm_kernels._duals import Dual, primals, unpack
 from scm_kernels.attention.op import has_tangent
 from scm_kernels.transforms.linear import on_primals, tangent_context
 
@@ -29,9 +27,14 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
     `cudnn_enable` comes from `torch.layer_norm`, and has no effect there either.
     """
     (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
+    normalized_shape, eps = primals(normalized_shape), primals(eps)
     if _symmetric(mode, input, weight):
         out, *stats = torch.native_layer_norm(x, normalized_shape, w, b, eps)
         with tangent_context(mode):
+            if tx.dtype.itemsize >= 4:
+                # Its mean has no part in txhat. On a CPU the kernel takes it away in the form
+                # mean(tx x) - mean(tx) mean(x), of which little is left if both are large.
+                tx = tx - tx.mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
             t_xhat, _, _ = torch.ops.aten.native_layer_norm_backward(
                 tx, x, normalized_shape, *stats, None, None, (True, False, False)
             )
@@ -49,6 +52,7 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
 def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
     """`F.rms_norm`; statistics over the last dimensions, whose shape is `normalized_shape`."""
     (x, tx), (w, tw) = map(unpack, (input, weight))
+    normalized_shape, eps = primals(normalized_shape), primals(eps)
     out = on_primals(
         lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight, composite=True
     )
@@ -65,18 +69,8 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
 
     `cudnn_enabled` comes from `torch.group_norm`, and has no effect there either.
     """
-    (x, tx), (w, tw), (b, tb) = map(unpack, (input, weight, bias))
-    channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
-    if _symmetric(mode, input, weight) and x.is_contiguous() and x.numel() > 0:
-        sizes = (*x.shape[:2], math.prod(x.shape[2:]))
-        out, *stats = torch.native_group_norm(x, w, b, *sizes, num_groups, eps)
-        with tangent_context(mode):
-            t_xhat, _, _ = torch.ops.aten.native_group_norm_backward(
-                tx.contiguous(), x, *stats, None, *sizes, num_groups, (True, False, False)
-            )
-            w, tb = (None if a is None else a.reshape(channels) for a in (w, tb))
-            t_out = _affine(out, t_xhat, w, None, tb)
-        return mode.dual(out, t_out.to(out.dtype))
+    (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
+    num_groups, eps = primals(num_groups), primals(eps)
     out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
     with tangent_context(mode):
         # [B, groups, C / groups, ...]: views in any layout, channels_last too.
@@ -85,6 +79,7 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
         dims = tuple(range(2, grouped.ndim))
         xhat, t_xhat = _normalize(grouped, t_grouped, dims, eps, center=True)
         t_xhat = None if t_xhat is None else t_xhat.flatten(1, 2)
+        channels = (-1, *(1,) * (x.ndim - 2))  # w, b [C] against x [B, C, ...]
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
         t_out = _affine(xhat.flatten(1, 2), t_xhat, w, tw, tb)
     return mode.dual(out, t_out.to(out.dtype))
@@ -102,6 +97,8 @@ def batch_norm(
     eps=1e-5,
 ):
     """`F.batch_norm`; x [B, C, ...], statistics over all but C, or the running ones."""
+
+    training, momentum, eps = primals([training, momentum, eps])
 
     def forward(x, w, b):
         return F.batch_norm(x, *map(_plain, running), w, b, training, momentum, eps)
@@ -124,6 +121,8 @@ def instance_norm(
     eps=1e-5,
 ):
     """`F.instance_norm`; x [B, C, ...], statistics over the positions, or the running ones."""
+
+    use_input_stats, momentum, eps = primals([use_input_stats, momentum, eps])
 
     def forward(x, w, b):
         return F.instance_norm(x, *map(_plain, running), w, b, use_input_stats, momentum, eps)
@@ -162,7 +161,7 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
 
 
 def _symmetric(mode, input, weight) -> bool:
-    """Whether txhat is PyTorch's kernel of the gradient at tx: the Jacobian of xhat in x,
+    """Whether txhat may be PyTorch's kernel of the gradient at tx: the Jacobian of xhat in x,
     r (1 - 1 1^T / n - xhat xhat^T / n), is symmetric.
 
     That has no graph, and for half types a CPU keeps r no better than that.

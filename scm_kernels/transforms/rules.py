@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scm_kernels._duals import primals
 from scm_kernels.attention.op import dual_attention
 from scm_kernels.transforms import arithmetic, norm
 from scm_kernels.transforms.linear import bilinear, einsum
@@ -19,6 +20,9 @@ from scm_kernels.transforms.multihead import multi_head_attention
 
 def attention(mode, *args, **kwargs):
     """`F.scaled_dot_product_attention` by this package's op."""
+    tensors = ("query", "key", "value", "attn_mask")
+    args = (*args[:4], *map(primals, args[4:]))
+    kwargs = {name: x if name in tensors else primals(x) for name, x in kwargs.items()}
     return dual_attention(*args, **kwargs, tangent_grad=mode.tangent_grad)
 
 
@@ -48,6 +52,9 @@ RULES = {
     Tensor.mm: bilinear(torch.mm, "self", "mat2"),
     Tensor.bmm: bilinear(torch.bmm, "self", "mat2"),
     Tensor.__matmul__: bilinear(torch.matmul, "self", "other"),
+}
+# Not to be looked into under Dynamo, whose guard on `Tensor.__rsub__` and the like does not hold.
+EAGER_RULES = {
     Tensor.__rmatmul__: bilinear(Tensor.__rmatmul__, "self", "other"),
     **arithmetic.RULES,
 }
