@@ -39,8 +39,41 @@ def unpack(x: object) -> tuple[object, Tensor | None]:
     return _parts(x)
 
 
+def has_tangent(x: object) -> bool:
+    """Whether x is a dual tensor at the current level."""
+    return unpack_here(x)[1] is not None
+
+
+def unpack_here(x: object) -> tuple[object, Tensor | None]:
+    """`unpack` at the front door, where transforms may meet."""
+    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_batched_here(x):
+        raise NotImplementedError(
+            "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
+            "take vmap(jvp(f)), or give the batch to the op as a dimension"
+        )
+    return unpack(x)
+
+
+def _is_batched_here(x: Tensor) -> bool:
+    """Whether the innermost transform is a vmap over x; one outside of the jvp is in order."""
+    if not _functorch.is_batchedtensor(x):
+        return False
+    return _functorch.maybe_get_level(x) == _functorch.peek_interpreter_stack().level()
+
+
+def is_dual_outside(x: object) -> bool:
+    """Whether x is dual at a level outside of the innermost transform."""
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter is None or not isinstance(x, Tensor):
+        return False
+    if _functorch.maybe_get_level(x) == interpreter.level():
+        x = _functorch.get_unwrapped(x)
+    with coerce_cinterpreter(interpreter).lower():
+        return unpack(x)[1] is not None or is_dual_outside(x)
+
+
 def primals(x: object) -> object:
-    """An option of a rule, which may be a tensor, or a list with some, without its `Dual`s."""
+    """What a rule does not differentiate: an option, or a list of some, without its `Dual`s."""
     if type(x) is list:
         return [primals(y) for y in x]
     return x.primal if type(x) is Dual else x
@@ -87,10 +120,10 @@ def apart(x: object, level: int) -> object:
     if _functorch.maybe_get_level(x) != level:
         return Dual(x, None)
     primal, tangent = _parts(x)
-    return Dual(_outside(primal, level), _outside(tangent, level))
+    return Dual(_unwrapped(primal, level), _unwrapped(tangent, level))
 
 
-def _outside(x: Tensor | None, level: int) -> Tensor | None:
+def _unwrapped(x: Tensor | None, level: int) -> Tensor | None:
     if x is None or _functorch.maybe_get_level(x) != level:
         return x
     return _functorch.get_unwrapped(x)
@@ -113,17 +146,17 @@ def without_tangent_graph(x: object, level: int) -> object:
     if level and not torch.compiler.is_compiling() and _functorch.maybe_get_level(x) != level:
         return x  # not dual in here
     primal, tangent = unpack(x)
-    if tangent is None or not _has_graph(tangent):
+    if tangent is None or not has_graph(tangent):
         return x  # and a view stays a view: rewrapping it would cut it off from its base
     if jvp_at_work() is None:
         return make_dual(primal, tangent.detach())
-    tangent = _outside(tangent, level)
+    tangent = _unwrapped(tangent, level)
     with outside():
         tangent = tangent.detach()
     return make_dual(primal, tangent)
 
 
-def _has_graph(x: Tensor) -> bool:
+def has_graph(x: Tensor) -> bool:
     """Whether autograd records x, at any level of functorch's stack."""
     if torch.compiler.is_compiling():
         return True  # the levels cannot be read under Dynamo, and detaching is free in a graph

@@ -6,7 +6,6 @@ from contextvars import ContextVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._functorch.pyfunctorch import coerce_cinterpreter
 
 from scm_kernels import _backends, _library
 from scm_kernels._duals import unpack
@@ -26,18 +25,6 @@ _INSTEAD = (
 # A dual tensor of the plain `forward_ad.dual_level` whose tangents `op.py` passes, else None: it
 # has lost its tangent once that level has ended. functorch's transforms end before a backward.
 dual_level: ContextVar[Tensor | None] = ContextVar("scm_kernels_dual_level", default=None)
-
-
-def is_dual_outside(x: object) -> bool:
-    """Whether x is dual at a level outside of the innermost transform."""
-    functorch = torch._C._functorch
-    interpreter = functorch.peek_interpreter_stack()
-    if interpreter is None or not isinstance(x, Tensor):
-        return False
-    if functorch.maybe_get_level(x) == interpreter.level():
-        x = functorch.get_unwrapped(x)
-    with coerce_cinterpreter(interpreter).lower():
-        return unpack(x)[1] is not None or is_dual_outside(x)
 
 
 # --- attention_jvp: the forward

@@ -10,10 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checks, _library, _plans
-from scm_kernels._duals import Dual, make_dual, unpack
+from scm_kernels._duals import (
+    Dual,
+    current_level,
+    has_graph,
+    is_dual_outside,
+    make_dual,
+    unpack_here,
+)
 from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention import library
-from scm_kernels.attention.library import is_dual_outside
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
 _OUTER_LEVEL = (
@@ -87,7 +93,7 @@ def dual_attention(
     """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
     inputs = (query, key, value, attn_mask)
     # Every input is looked at: the first dual one must not hide a batched one.
-    pairs = [_unpack(x) for x in inputs] if forward_ad._current_level >= 0 else []
+    pairs = [unpack_here(x) for x in inputs] if forward_ad._current_level >= 0 else []
     if all(tangent is None for _, tangent in pairs):
         if _learned_outside(attn_mask):
             q, k, v, mask = _autocast(inputs)
@@ -174,45 +180,17 @@ def attention_jvp(
 # --- dual tensors ---------------------------------------------------------------------------------
 
 
-def has_tangent(x: object) -> bool:
-    """Whether x is a dual tensor at the current level."""
-    return _unpack(x)[1] is not None
-
-
 def _learned_outside(mask: object) -> bool:
     """Whether autograd records mask at a level outside of the innermost transform alone.
 
     PyTorch looks at the innermost one when it chooses a kernel, and its fused one for CPUs has no
     gradient of the mask.
     """
-    functorch = torch._C._functorch
-    if not isinstance(mask, Tensor) or mask.device.type != "cpu":
+    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or current_level() == 0:
         return False
-    if functorch.peek_interpreter_stack() is None:
+    if not mask.is_floating_point() or not has_graph(mask):
         return False
-    if torch.compiler.is_compiling():
-        return mask.is_floating_point()  # the levels cannot be read under Dynamo
-    while functorch.is_functorch_wrapped_tensor(mask) and not mask.requires_grad:
-        mask = functorch.get_unwrapped(mask)
-    return mask.requires_grad and torch.is_grad_enabled()
-
-
-def _unpack(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`unpack` at the front door, where transforms may meet."""
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_batched_here(x):
-        raise NotImplementedError(
-            "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
-            "take vmap(jvp(f)), or give the batch to the op as a dimension"
-        )
-    return unpack(x)
-
-
-def _is_batched_here(x: Tensor) -> bool:
-    """Whether the innermost transform is a vmap over x; one outside of the jvp is in order."""
-    functorch = torch._C._functorch
-    if not functorch.is_batchedtensor(x):
-        return False
-    return functorch.maybe_get_level(x) == functorch.peek_interpreter_stack().level()
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _inside_level():

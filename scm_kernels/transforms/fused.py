@@ -11,13 +11,13 @@ from scm_kernels._duals import (
     Dual,
     apart,
     current_level,
+    has_tangent,
     jvp_at_work,
     make_dual,
     outside,
     without_tangent_graph,
 )
 from scm_kernels._dynamo import never_compiled_alone
-from scm_kernels.attention.op import has_tangent
 from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_head_attention
 
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
@@ -100,8 +100,7 @@ class Fused(TorchFunctionMode):
         if kwargs.get("out") is not None:  # PyTorch refuses it on dual tensors, in its own words
             return NotImplemented
         jvp = jvp_at_work()
-        shortcut = getattr(rule, "is_shortcut", False)
-        if shortcut and jvp is None and (level > 0 or torch.compiler.is_compiling()):
+        if jvp is None and level > 0 and getattr(rule, "is_shortcut", False):
             return NotImplemented
         if rule is multi_head_attention or jvp is None:
             ruled = any(map(has_tangent, (*args, *kwargs.values())))

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _checks
-from scm_kernels._duals import Dual, primals, unpack
-from scm_kernels.attention.op import has_tangent
+from scm_kernels._duals import Dual, has_tangent, primals, unpack
 from scm_kernels.transforms.linear import on_primals, tangent_context
 
 
@@ -101,7 +100,7 @@ def batch_norm(
     training, momentum, eps = primals([training, momentum, eps])
 
     def forward(x, w, b):
-        return F.batch_norm(x, *map(_plain, running), w, b, training, momentum, eps)
+        return F.batch_norm(x, *map(primals, running), w, b, training, momentum, eps)
 
     running = running_mean, running_var
     dims = (0, *range(2, unpack(input)[0].ndim))
@@ -125,17 +124,12 @@ def instance_norm(
     use_input_stats, momentum, eps = primals([use_input_stats, momentum, eps])
 
     def forward(x, w, b):
-        return F.instance_norm(x, *map(_plain, running), w, b, use_input_stats, momentum, eps)
+        return F.instance_norm(x, *map(primals, running), w, b, use_input_stats, momentum, eps)
 
     running = running_mean, running_var
     dims = tuple(range(2, unpack(input)[0].ndim))
     used = None if use_input_stats else running
     return _channel_norm(mode, forward, input, weight, bias, dims, used, eps)
-
-
-def _plain(x: Tensor | Dual | None) -> Tensor | None:
-    """A running mean or variance, of which `_channel_norm` has refused tangents."""
-    return x.primal if type(x) is Dual else x
 
 
 def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
@@ -153,7 +147,7 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
         if running is None:
             xhat, t_xhat = _normalize(x, tx, dims, eps, center=True)
         else:
-            mean, var = (_plain(a).reshape(channels) for a in running)
+            mean, var = (primals(a).reshape(channels) for a in running)
             r = torch.rsqrt(var + eps)
             xhat, t_xhat = (x - mean) * r, None if tx is None else tx * r
         t_out = _affine(xhat, t_xhat, w, tw, tb)
