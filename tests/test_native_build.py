@@ -187,3 +187,15 @@ def test_a_compiler_that_fails_is_a_message_or_an_error(built):
     done = python(place, "setup.py", "build_ext", SCM_KERNELS_BUILD="cpu", CXX="env c++")
     assert done.returncode != 0
     assert "#error planted" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_pairs_of_bfloat16_where_there_is_no_instruction_for_them(tmp_path):
+    """The list of attention on the kernels for AVX-512 with bfloat16, which few machines run."""
+    place = copy_project(tmp_path)
+    report = build(place, SCM_KERNELS_BUILD="cpu", CXXFLAGS="-DSCM_EMULATE_PAIRS -Werror")
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_attention.py")
+    done = python(place, *arguments, "-k", "cpu and not memory")
+    assert done.returncode == 0, report + done.stdout[-5000:] + done.stderr[-5000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400

@@ -354,8 +354,10 @@ Status run(const AttentionBackward& p) {
 }  // namespace
 
 Status attention_backward(const AttentionBackward& p) {
-#if defined(__AVX512BF16__)
-  if (p.q.type == Type::kBFloat16) return run<BFloat16Pair>(p);
+#if defined(SCM_BFLOAT16_PAIRS)
+  // Cotangents of half inputs may be float32, and then want more digits than a pair has.
+  const auto pairs = [](const Tensor& x) { return !x || x.type == Type::kBFloat16; };
+  if (pairs(p.q) && pairs(p.dout) && pairs(p.dt_out)) return run<BFloat16Pair>(p);
 #endif
   return run<Float32>(p);
 }

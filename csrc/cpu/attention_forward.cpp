@@ -286,7 +286,7 @@ Status run(const AttentionForward& p) {
 }  // namespace
 
 Status attention_forward(const AttentionForward& p) {
-#if defined(__AVX512BF16__)
+#if defined(SCM_BFLOAT16_PAIRS)
   if (p.q.type == Type::kBFloat16) return run<BFloat16Pair>(p);
 #endif
   return run<Float32>(p);

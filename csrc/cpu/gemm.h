@@ -29,7 +29,9 @@ struct Float32 {
   SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) { return c + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+// SCM_EMULATE_PAIRS: tests run what is about pairs on processors without an instruction for them.
+#if defined(__AVX512BF16__) || defined(SCM_EMULATE_PAIRS)
+#define SCM_BFLOAT16_PAIRS
 struct BFloat16Pair {
   static constexpr int kPerElement = 2;
   typedef VecI Vec;
@@ -39,7 +41,10 @@ struct BFloat16Pair {
     return x - VecI{};
   }
   SCM_INLINE VecF multiply_add(VecF c, Vec a, Vec b) {
-#if defined(__clang__)  // Clang 16 does not end on the intrinsic
+#if !defined(__AVX512BF16__)
+    const VecU x = (VecU)a, y = (VecU)b, upper = VecU{} + 0xffff0000;
+    return c + from_bf16(x) * from_bf16(y) + (VecF)(x & upper) * (VecF)(y & upper);
+#elif defined(__clang__)  // Clang 16 does not end on the intrinsic
     asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 #else
@@ -48,18 +53,26 @@ struct BFloat16Pair {
   }
 
   // Two vectors rounded to bfloat16, as they are and as pairs with `low` in the lower halves.
-  typedef uint16_t Halves __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
   SCM_INLINE Halves round(VecF low, VecF high) {
+#if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    return join(__builtin_convertvector(to_bf16(low), VecH),
+                __builtin_convertvector(to_bf16(high), VecH));
+#endif
   }
   SCM_INLINE Halves join(VecH low, VecH high) {
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    Halves x;
+    std::memcpy(&x, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char*>(&x) + sizeof low, &high, sizeof high);
+    return x;
   }
   SCM_INLINE VecU pairs(Halves x) {
-    return (VecU)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
-                                         23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
-                                         15, 31);
+    VecH low, high;
+    std::memcpy(&low, &x, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    return __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
   }
 };
 #endif
