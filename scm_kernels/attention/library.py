@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scm_kernels import _backends, _library
 from scm_kernels._duals import unpack
-from scm_kernels.attention import reference, torch_flash
+from scm_kernels.attention import reference, torch_backward
 from scm_kernels.attention.problem import Backward, Forward
 
 _INPUTS = (
@@ -217,7 +217,7 @@ def _backward(dout, dt_out, *args):
     )
     if problem.mask is not None and problem.mask.dtype != torch.bool:
         problem = _corrected(problem, backend)
-    _backends.run("attention", "backward", problem, backend, torch_flash)
+    _backends.run("attention", "backward", problem, backend, torch_backward)
     return [x for x in gradients if x is not None]
 
 

@@ -1,0 +1,163 @@
+"""The gradient through `out` alone by a backward of PyTorch's attention, from our out and lse.
+
+On a CPU its flash backward stands in for the reference alone: it is slower than the kernels of
+`cpu.py`. On a GPU it has two that make five products a tile where ours make seven: the flash one,
+in half types without a mask, and the memory-efficient one, which takes masks that are added, other
+widths of values, and float32. They go before Triton's kernels where they are faster. Neither sums
+dq in the same order every time, but under `torch.use_deterministic_algorithms`.
+"""
+
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scm_kernels import _triton
+from scm_kernels.attention import reference, triton
+from scm_kernels.attention.problem import Backward
+
+# Where Triton's kernels are faster, up to so many features: on an H200 (measured, bfloat16, B = 2,
+# H = 16, M = N = 4096) they take 1.1 ms where flash takes 1.4 at D = 64, and 1.9 for 2.5 at 128.
+_FLASH_SLOWER = {"sm_90": 128}
+# The efficient one makes a float32 product of three in TF32 on tensor cores, as PyTorch's forward
+# does: it takes 5.0 ms at D = 64 and 9.4 at 128 (B = 1) where Triton's exact products take 26 and
+# 89, at twice their rounding error (1e-6 of the gradient's size).
+# It takes lse in rows of multiples of it, with +inf beyond the last query.
+_LSE_ROWS = 32
+
+
+def serves(problem: Backward, chosen: ModuleType) -> bool:
+    """Whether it takes the problem in place of the backend that was chosen."""
+    if refuses(problem) is not None:
+        return False
+    if problem.q.device.type == "cpu":
+        return chosen is reference
+    return chosen is not triton or not _slower(problem)
+
+
+def _slower(p: Backward) -> bool:
+    """Whether Triton's kernels take the problem in less time than PyTorch's on a GPU."""
+    if _flash_refuses(p) is None:
+        return p.q.shape[3] <= _FLASH_SLOWER.get(_triton.architecture(p.q.device), 0)
+    return p.q.dtype != torch.float32  # in half types it was faster at no size that was measured
+
+
+def refuses(problem: Backward) -> str | None:
+    """Why PyTorch has no backward for this problem, None if it has."""
+    p = problem
+    if p.dt_out is not None:
+        return "it has no tangent"
+    if p.q.shape[1] != p.k.shape[1]:
+        return "it wants as many key heads as query heads"
+    if p.dmask is not None or (p.mask is not None and p.mask.dtype == torch.bool):
+        return "it takes additive masks only, and has no gradient for them"
+    if p.dout.dtype != p.q.dtype:
+        return "it wants cotangents of query's dtype"
+    if 0 in p.q.shape or 0 in p.k.shape:
+        return "it takes no empty tensors"
+    if p.q.device.type == "cuda":
+        return _flash_refuses(p) and _efficient_refuses(p)
+    if p.q.device.type != "cpu":
+        return (
+            f"this file knows PyTorch's kernels for CPUs and NVIDIA's GPUs, not {p.q.device.type}"
+        )
+    return None if p.q.shape[3] == p.v.shape[3] else "it wants values as wide as queries"
+
+
+def _flash_refuses(p: Backward) -> str | None:
+    """FlashAttention-2 as it is in PyTorch."""
+    if _no_nvidia(p):
+        return _no_nvidia(p)
+    if p.q.dtype not in (torch.float16, torch.bfloat16) or p.q.shape[3] > 256:
+        return "it has float16 and bfloat16, and head dimensions up to 256"
+    if p.q.shape[3] != p.v.shape[3]:
+        return "it wants values as wide as queries"
+    if p.mask is not None or (p.causal and p.q.shape[2] != p.k.shape[2]):
+        return "it has no masks, and aligns causal ones at the other corner"
+    return _misaligned(p)
+
+
+def _efficient_refuses(p: Backward) -> str | None:
+    """Memory-efficient attention as it is in PyTorch."""
+    if _no_nvidia(p):
+        return _no_nvidia(p)
+    if p.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "it has float32, float16 and bfloat16"
+    if p.mask is not None and (p.mask.dtype != p.q.dtype or p.mask.shape[3] != p.k.shape[2]):
+        return "it wants a mask of query's dtype, and of every key"
+    return _misaligned(p)
+
+
+def _no_nvidia(p: Backward) -> str | None:
+    if torch.version.hip is not None or _triton.refuses(p.q) is not None:
+        return "it is for NVIDIA's GPUs, from compute capability 8.0 on"
+    return None
+
+
+def _misaligned(p: Backward) -> str | None:
+    width = _width(p.q)
+    if p.q.shape[3] % width or p.v.shape[3] % width:
+        return f"it wants features in multiples of {width}"
+    if _triton.vector(p.q, p.k, p.v, p.out, p.dout) < width:
+        return "it wants rows at multiples of 16 bytes"
+    return None
+
+
+def _width(x: Tensor) -> int:
+    """The elements of 16 bytes."""
+    return 16 // x.element_size()
+
+
+def backward(problem: Backward) -> None:
+    """dq, dk, dv of those that are wanted."""
+    p = problem
+    if p.q.device.type == "cpu":
+        gradients = _on_cpu(p)
+    else:
+        gradients = _flash(p) if _flash_refuses(p) is None else _efficient(p)
+    for wanted, gradient in zip((p.dq, p.dk, p.dv), gradients, strict=False):
+        if wanted is not None:
+            wanted.copy_(gradient)
+
+
+def _lse(p: Backward) -> Tensor:
+    """With +inf for the -inf of a row without keys: P = exp(S - lse) = 0 there."""
+    return p.lse if p.mask is None else p.lse.masked_fill(p.lse == -math.inf, math.inf)
+
+
+def _on_cpu(p: Backward) -> tuple[Tensor, ...]:
+    mask = None if p.mask is None else p.mask.expand(*p.q.shape[:3], p.k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        p.dout, p.q, p.k, p.v, p.out, _lse(p), 0.0, p.causal, attn_mask=mask, scale=p.scale
+    )
+
+
+def _flash(p: Backward) -> tuple[Tensor, ...]:
+    """No sequences of several lengths, and no dropout: no state of a random generator."""
+    lengths = None, None, p.q.shape[2], p.k.shape[2]
+    unused = p.lse.new_empty(0, dtype=torch.int64)
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *(p.dout, p.q, p.k, p.v, p.out, p.lse, *lengths, 0.0, p.causal, unused, unused),
+        scale=p.scale,
+    )
+
+
+def _efficient(p: Backward) -> tuple[Tensor, ...]:
+    """out is read as [B, M, H, E] in memory, whatever its strides; rows of a mask at 16 bytes."""
+    out = p.out.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = F.pad(_lse(p), (0, -p.lse.shape[2] % _LSE_ROWS), value=math.inf)
+    mask, width = p.mask, _width(p.q)
+    if mask is not None:
+        if _triton.vector(mask) < width:
+            n = mask.shape[3]
+            mask = F.pad(mask, (0, -n % width))[..., :n]
+        mask = mask.expand(*p.q.shape[:3], p.k.shape[2])
+    unused = p.lse.new_empty(0, dtype=torch.int64)
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *(p.dout, p.q, p.k, p.v, mask, out, lse, unused, unused, 0.0),
+        [p.dq is not None, p.dk is not None, p.dv is not None, False],
+        p.causal,
+        scale=p.scale,
+    )
