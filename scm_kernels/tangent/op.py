@@ -162,8 +162,9 @@ def consistency_loss(
     coefficients, squares, weight = _scalars(inputs, options)
     loss = weight * library.tangent_distance(*inputs, coefficients, squares, options.backend)
     if log_weight is not None:
-        left_out = coefficients.eq(0).all(1)
-        w = log_weight.to(weight.dtype).masked_fill(left_out, 0.0)
+        w = log_weight.to(weight.dtype)
+        if options.zero:
+            w = w.masked_fill(coefficients.eq(0).all(1), 0.0)
         loss = loss * w.exp() - w
     loss = loss.mean() if reduction == "mean" else loss
     return loss.to(torch.promote_types(output.dtype, torch.float32))
@@ -188,7 +189,7 @@ def _scalars(inputs: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Ten
     preset, t, c, size = options.preset, options.t, options.c, inputs[0].shape[1]
     coefficients = _coefficients(options)
     squares = library.tangent_norm(*inputs, coefficients, options.backend)
-    lost = ~squares.isfinite()
+    lost = reference.lost(squares)
     # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
     squares = squares.masked_fill(lost, math.nan)
     weight = preset.weight(t, squares, size, options.sigma_data, c)

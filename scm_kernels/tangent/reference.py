@@ -76,17 +76,23 @@ def normalize_in_two(
     p = problem
     inputs, squares = (p.f, p.v, p.x, p.j), p.coefficients.new_empty(len(p.coefficients))
     norm(Norm(*inputs, p.coefficients, squares))
-    lost = ~squares.isfinite()
-    s = scale(squares.masked_fill_(lost, math.nan), p.f.shape[1] if p.mean else 1, p.c)
+    no_number = lost(squares)
+    s = scale(squares.masked_fill_(no_number, math.nan), p.f.shape[1] if p.mean else 1, p.c)
     coefficients = s.unsqueeze(1) * p.coefficients
     if p.zero:
-        coefficients.masked_fill_(lost.unsqueeze(1), 0.0)
+        coefficients.masked_fill_(no_number.unsqueeze(1), 0.0)
     apply(Apply(*inputs, coefficients, p.out))
+
+
+def lost(squares: Tensor) -> Tensor:
+    """Where a sum of squares is infinite or NaN; `isfinite` launches twice as many kernels."""
+    return ~(squares < math.inf)
 
 
 def scale(squares: Tensor, count: int, c: float) -> Tensor:
     """s = 1 / (||g|| + c), or with ||g|| / sqrt(count) for ||g||."""
-    return 1 / ((squares / count).sqrt() + c)
+    mean = squares if count == 1 else squares / count
+    return 1 / (mean.sqrt() + c)
 
 
 def _combine(problem: Norm | Apply, rows: slice, columns: slice) -> Tensor:
