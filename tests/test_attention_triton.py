@@ -52,6 +52,9 @@ SLOW = [
     Case("ptx_late", BF16, d=64, mask="late", **LONG),
     Case("ptx_least", BF16, d=64, mask="least", **LONG),
     Case("ptx_sharp", BF16, d=64, logits=30.0, **LONG),
+    Case("ptx_sharp_f32", F32, d=64, logits=30.0, **LONG),
+    Case("ptx_bias_f32", F32, d=72, mask="bias", t_mask=True, **LONG),
+    Case("ptx_least_f32", F32, d=64, mask="least", **LONG),
     Case("ptx_shared", BF16, d=64, shared=16.0, **LONG),
     Case("ptx_packed", BF16, d=64, layout="packed", **LONG),
     Case("ptx_wide", BF16, d=64, layout="wide", **LONG),  # rows at odd addresses
@@ -65,6 +68,7 @@ GRADIENTS = [
     Case("ptx_d72_f16", F16, d=72, **LONG),
     Case("ptx_d128_bf16", BF16, d=128, **LONG),
     Case("ptx_d64_f32", F32, d=64, **LONG),
+    Case("ptx_bias_f32", F32, d=64, mask="bias", **LONG),
     Case("ptx_causal_gqa", BF16, d=64, causal=True, **(LONG | {"h": 4, "hk": 2, "m": 131})),
     Case("ptx_bias_gradient", BF16, d=64, mask="bias", mask_shape="1hmn", t_mask=True, **LONG),
     Case("ptx_d128_bias_gradient", BF16, d=128, mask="bias", t_mask=True, **LONG),
@@ -78,8 +82,11 @@ GRADIENTS = [
 def test_values(launches, case):
     shared.check(shared.run("triton", case, draw(case)), case)
     assert [launch.name for launch in launches] == ["attention_forward_kernel"]
-    if case.dtype != F32 and not case.mask and case.layout != "wide":
-        assert launches[0].stats.shared_conflicts == 0, "bank conflicts"
+    if not case.mask and case.layout != "wide":
+        stats = launches[0].stats
+        # Operands of 32 bits are not laid out for it; of products on ordinary cores it were 0.7.
+        most = 0.45 * stats.shared_wavefronts if case.dtype == F32 else 0
+        assert stats.shared_conflicts <= most, "bank conflicts"
 
 
 @ptx
@@ -332,14 +339,21 @@ def test_float32_that_does_not_fit_goes_elsewhere(target, both, most):
             assert reason == f"it has head dimensions up to 128 in float32 on this GPU, not {d}"
 
 
-def test_products_in_float32_are_exact_unless_pytorch_is_told():
-    x, before = torch.zeros(1, 1, 4, 16), torch.get_float32_matmul_precision()
-    with offline.gpu("sm_80") as launches:
-        for setting in ("highest", "high"):
-            torch.set_float32_matmul_precision(setting)
-            attention_jvp(x, x, x, x, x, x)
-    torch.set_float32_matmul_precision(before)
-    assert [launch.constants["META"].PRECISION for launch in launches] == ["ieee", "tf32"]
+@pytest.mark.parametrize(
+    ("target", "exact"), [("sm_80", "bf16x6"), ("sm_90", "bf16x6"), ("gfx942", "ieee")]
+)
+def test_products_in_float32_are_exact_unless_pytorch_is_told(target, exact):
+    x, told = torch.zeros(1, 1, 4, 16), torch.backends.cuda.matmul
+    before = told.fp32_precision
+    try:
+        with offline.gpu(target) as launches:
+            for setting in ("none", "ieee", "tf32", "none"):
+                told.fp32_precision = setting
+                attention_jvp(x, x, x, x, x, x)
+    finally:
+        told.fp32_precision = before
+    used = [launch.constants["META"].PRECISION for launch in launches]
+    assert used == [exact, "ieee", "tf32", exact]
 
 
 def test_launches_go_to_the_device_of_the_tensors(monkeypatch):

@@ -21,11 +21,16 @@ from scm_kernels.attention.problem import Backward
 # Where Triton's kernels are faster, up to so many features: on an H200 (measured, bfloat16, B = 2,
 # H = 16, M = N = 4096) they take 1.1 ms where flash takes 1.4 at D = 64, and 1.9 for 2.5 at 128.
 _FLASH_SLOWER = {"sm_90": 128}
-# The efficient one makes a float32 product of three in TF32 on tensor cores, as PyTorch's forward
-# does: it takes 5.0 ms at D = 64 and 9.4 at 128 (B = 1) where Triton's exact products take 26 and
-# 89, at twice their rounding error (1e-6 of the gradient's size).
+# The efficient one makes a float32 product of three in TF32, as PyTorch's forward does: on an H200
+# it takes 5.0 ms at D = 64 (B = 1), with a rounding error of 1e-6 of the gradient's size, where one
+# of ordinary products is 5e-7.
 # It takes lse in rows of multiples of it, with +inf beyond the last query.
 _LSE_ROWS = 32
+
+
+def switch() -> str:
+    """PyTorch's own, of float32: "ieee" is none of its kernels."""
+    return torch.backends.cuda.matmul.fp32_precision
 
 
 def serves(problem: Backward, chosen: ModuleType) -> bool:
@@ -41,7 +46,8 @@ def _slower(p: Backward) -> bool:
     """Whether Triton's kernels take the problem in less time than PyTorch's on a GPU."""
     if _flash_refuses(p) is None:
         return p.q.shape[3] <= _FLASH_SLOWER.get(_triton.architecture(p.q.device), 0)
-    return p.q.dtype != torch.float32  # in half types it was faster at no size that was measured
+    # In half types, under masks, it takes 2 to 3 times as long (measured).
+    return p.q.dtype != torch.float32 or switch() == "ieee"
 
 
 def refuses(problem: Backward) -> str | None:

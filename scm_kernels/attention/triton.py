@@ -79,8 +79,11 @@ def _following(plan: Callable, problem: Forward | Backward, *switches: Callable)
 
 
 def _float32_precision() -> str:
-    """Exact products, or TF32 where PyTorch's own are."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """Of products in float32, by PyTorch's own switch. Where nobody has set it, "exact": to the
+    last of float32's digits, on tensor cores where there are tiles for it. "ieee" and "tf32" mean
+    what they mean for `torch.matmul`."""
+    switch = torch.backends.cuda.matmul.fp32_precision
+    return switch if switch in ("ieee", "tf32") else "exact"
 
 
 def _precision_switch(problem: Forward | Backward) -> tuple[Callable, ...]:

@@ -9,11 +9,12 @@ other the one with smaller blocks is here, which the model flatters less. Masks 
 one that all rows share has rows of its own where the others would spill (`padded`).
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
-from scm_kernels.attention.triton_config import INTERPRETER, Row, family
+from scm_kernels.attention.triton_config import INTERPRETER, TENSOR_FLOAT, Row, family
 
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
 
@@ -290,7 +291,7 @@ _MASKED_ELSEWHERE = {
     },
 }
 
-# In float32: exact products on ordinary cores, whose operands stay in registers, and in TF32.
+# In float32 on ordinary cores.
 _FLOAT_BOTH = (
     Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
     Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
@@ -320,6 +321,18 @@ _FLOAT = {
         Row(256, 16, 16, 4, 1, widest=16),
     ),
     ("mask", "both"): _FLOAT_BOTH,
+}
+# And on tensor cores (see `triton_config.py`): they wait for shared memory a fifth to a sixth of
+# the time that ordinary cores do (counted by the simulator at D = 64 and 128). Through both outputs
+# more features than 64 would take minutes to compile.
+_TALL = Row(128, 64, 16, 4, 2, widest=16, exact="bf16x6")
+_WIDE = Row(128, 16, 64, 4, 2, widest=16, exact="bf16x6")
+_FLOAT_TENSOR = {
+    ("keys", "out"): (_WIDE, _FLOAT["keys", "out"][-1]),
+    ("keys", "both"): (replace(_WIDE, most=64), *_FLOAT["keys", "both"][1:]),
+    ("queries", "out"): (_TALL, _FLOAT["queries", "out"][-1]),
+    ("queries", "both"): (replace(_TALL, most=64), *_FLOAT_BOTH),
+    ("queries", "both, dtq"): (replace(_TALL, most=64), *_FLOAT_BOTH),
 }
 
 
@@ -356,14 +369,16 @@ def backward_row(
     causal: bool,
     masked: bool,
     padded: bool,
+    ieee: bool = False,
 ) -> Row:
     """The row of the table; `features` is the larger of the head dimensions, `masked` says whether
-    there is a mask with more than one row, `padded` whether there is one with one row."""
+    there is a mask with more than one row, `padded` whether there is one with one row, `ieee`
+    whether float32 is for ordinary cores."""
     gpu, kind = family(architecture), (kernel, through)
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
-        tables = [_FLOAT]
+        tables = [_FLOAT_TENSOR, _FLOAT] if gpu in TENSOR_FLOAT and not ieee else [_FLOAT]
     elif masked:
         tables = [_MASKED_ELSEWHERE.get(gpu, {}), _MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
     else:

@@ -39,7 +39,7 @@ _MASKS = ("mask", "tmask", "dmask", "dtmask")
 
 
 def plan_attention_backward(
-    problem: Backward, atomics: bool, precision: str = "ieee"
+    problem: Backward, atomics: bool, precision: str = "exact"
 ) -> Callable[[Backward], None]:
     """What writes the gradients that are wanted; `atomics` allows them where there are tiles for
     them, `precision` is that of products in float32."""
@@ -54,13 +54,14 @@ class _Scored(NamedTuple):
     mask: View
 
 
-def plan_attention_factors(p: Backward, precision: str = "ieee") -> Callable[[Backward], Tensor]:
+def plan_attention_factors(p: Backward, precision: str = "exact") -> Callable[[Backward], Tensor]:
     """What gives `reference.factors` under a mask that is added."""
     (b, h, m, d), (hk, n) = p.q.shape, p.k.shape[1:3]
     vec = _triton.vector(p.q, p.k)
     strides = _triton.strides(p.q, vec), _triton.strides(p.k, vec), mask_strides(p.mask)
     features = FACTORS.features(d)
-    meta = Meta(features, features, vec, False, precision, FACTORS.block_m, FACTORS.block_n)
+    exact = FACTORS.precision(precision)
+    meta = Meta(features, features, vec, False, exact, FACTORS.block_m, FACTORS.block_n)
     programs = b * h * triton.cdiv(m, FACTORS.block_m)
     options = FACTORS.options(_triton.architecture(p.q.device))
     launch = _triton.Launch(kernels.attention_backward_factors_kernel, programs, **options)
@@ -194,11 +195,11 @@ def _pass(
         row = atomic_row(architecture, p.q.dtype, features)
     else:
         row = backward_row(
-            architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded
+            *(architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded),
+            ieee=precision == "ieee",
         )
-    meta = Meta(
-        row.features(d), row.features(e), vec, p.causal, precision, row.block_m, row.block_n
-    )
+    products = row.precision(precision)
+    meta = Meta(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n)
     row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
     numbers = m, n, h, h // hk, p.scale
     if kernel == "rows":

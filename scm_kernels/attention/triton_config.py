@@ -47,6 +47,7 @@ class Row:
     dtype: torch.dtype | None = None  # for problems in it alone
     padded: bool | None = None  # the backward: with a mask that all rows share alone, or without
     maxnreg: int | None = None  # where ptxas would otherwise give up, at 32 registers
+    exact: str = "ieee"  # how float32 is multiplied unless PyTorch's switch says how
 
     def serves(
         self, features: int, causal: bool, dtype: torch.dtype, padded: bool | None = None
@@ -63,6 +64,10 @@ class Row:
         """A head dimension in parts."""
         rounded = -(-width // self.step) * self.step
         return Features(width, parts(rounded, widest or self.widest))
+
+    def precision(self, switch: str) -> str:
+        """What a product in float32 is; "exact" is as here."""
+        return self.exact if switch == "exact" else switch
 
     def options(self, architecture: str) -> dict[str, int]:
         """What Triton's compiler is told."""
@@ -167,16 +172,26 @@ _MASKED_ELSEWHERE = {
         Row(256, 64, 16, 4, 1),
     ),
 }
-# In float32: exact products on ordinary cores, whose operands stay in registers.
-_FLOAT = (
-    Row(64, 32, 32, 4, 2, widest=16, widest_e=16),
+# In float32. "bf16x6" on tensor cores: an operand is the sum of three bfloat16 numbers, all of its
+# 24 bits, and six of the nine products, all but those below 2^-24, are summed in float32. On an
+# H200 (measured, D = 64) 25 TFLOP/s with a third of the rounding error of "ieee", which gives 11:
+# ordinary cores wait for operands in shared memory, whose banks conflict.
+_FLOAT_TENSOR = (
+    Row(64, 64, 16, 4, 2, widest=32, widest_e=32, exact="bf16x6"),  # 32 keys: 27, but spill at 72
+    Row(128, 64, 16, 4, 2, widest=16, widest_e=16, exact="bf16x6"),
+)
+_FLOAT_ORDINARY = (
+    Row(64, 32, 32, 4, 2, widest=32, widest_e=32),
     Row(128, 32, 16, 4, 2, widest=16, widest_e=16),
     Row(256, 16, 16, 4, 2, widest=16, widest_e=16),  # 96 KiB of shared memory
 )
-_FLOAT_MASKED = (
-    Row(64, 32, 16, 4, 2, widest=16, widest_e=16),
-    *_FLOAT[1:],
-)
+TENSOR_FLOAT = ("large", "hopper")  # families that have room for it and where it is known to pay
+_FLOAT = {
+    **dict.fromkeys(TENSOR_FLOAT, (*_FLOAT_TENSOR, _FLOAT_ORDINARY[-1])),
+    "tensor memory": _FLOAT_ORDINARY,
+    "small": (_FLOAT_TENSOR[0], *_FLOAT_ORDINARY[1:]),  # 99 KiB
+    "amd": _FLOAT_ORDINARY,
+}
 # Head dimensions up to which they fit a block's shared memory, where not all do: in the forward and
 # the gradient through out, and in that through both outputs.
 FLOAT_FEATURES = {"small": (256, 128), "amd": (128, 128)}
@@ -186,15 +201,20 @@ INTERPRETER = Row(256, 64, 64, 4, 1, rest=64, padding=64)
 
 @cache
 def forward_row(
-    architecture: str, dtype: torch.dtype, features: int, causal: bool, masked: bool
+    architecture: str,
+    dtype: torch.dtype,
+    features: int,
+    causal: bool,
+    masked: bool,
+    ieee: bool = False,
 ) -> Row:
     """The row of the table; `features` is the larger of the head dimensions, `masked` says whether
-    there is a mask with more than one row."""
+    there is a mask with more than one row, `ieee` whether float32 is for ordinary cores."""
     gpu = family(architecture)
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
-        table = _FLOAT_MASKED if masked else _FLOAT
+        table = _FLOAT_ORDINARY if ieee else _FLOAT[gpu]
     else:
         table = _MASKED_ELSEWHERE.get(gpu, _MASKED) if masked else _HALF[gpu]
     return next(row for row in table if row.serves(features, causal, dtype))

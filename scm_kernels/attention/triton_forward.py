@@ -321,8 +321,8 @@ def attention_forward_kernel(
 # --- host
 
 
-def plan_attention_forward(problem: Forward, precision: str = "ieee") -> Callable[[Forward], None]:
-    """What writes out, t_out, lse, mu; `precision` is that of products in float32."""
+def plan_attention_forward(problem: Forward, precision: str = "exact") -> Callable[[Forward], None]:
+    """What writes out, t_out, lse, mu; `precision` of float32: "exact", "ieee", "tf32"."""
     launch, strides, numbers = _plan(problem, precision)
     absent = [i for i, x in enumerate(strides) if x is None]
 
@@ -345,7 +345,7 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
     masked = tiles.differs_by_row(p.mask, p.tmask)
     architecture = _triton.architecture(p.q.device)
-    row = forward_row(architecture, p.q.dtype, max(d, e), p.causal, masked)
+    row = forward_row(architecture, p.q.dtype, max(d, e), p.causal, masked, precision == "ieee")
     tensors = (p.q, p.k, p.v, p.tq, p.tk, p.tv, p.mask, p.tmask, p.out, p.t_out)
     vec = _triton.vector(*tensors[:6], *tensors[8:])
     strides = [_triton.strides(x, vec) for x in tensors]
@@ -355,7 +355,7 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
         row.features(e, row.widest_e),
         vec,
         p.causal,
-        precision,
+        row.precision(precision),
         row.block_m,
         row.block_n,
         _bounded_tile(row, p.mask is not None, masked),
