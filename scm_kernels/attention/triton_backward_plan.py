@@ -196,7 +196,7 @@ def _pass(
     else:
         row = backward_row(
             *(architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded),
-            ieee=precision == "ieee",
+            precision == "ieee",
         )
     products = row.precision(precision)
     meta = Meta(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n)
