@@ -334,6 +334,8 @@ _FLOAT_TENSOR = {
     ("queries", "out"): (_TALL, _FLOAT["queries", "out"][-1]),
     ("queries", "both"): (replace(_TALL, most=64), *_FLOAT_BOTH),
     ("queries", "both, dtq"): (replace(_TALL, most=64), *_FLOAT_BOTH),
+    ("mask", "out"): (_TALL, _FLOAT["mask", "out"][-1]),
+    ("mask", "both"): (replace(_TALL, most=64), *_FLOAT_BOTH),
 }
 
 

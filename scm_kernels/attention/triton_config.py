@@ -7,7 +7,7 @@ product's operands is held at once; ptxas answers to it by some registers more o
 found by trying (`python -m benchmarks.tune`), and tests hold them to no spills.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -174,12 +174,10 @@ _MASKED_ELSEWHERE = {
 }
 # In float32. "bf16x6" on tensor cores: an operand is the sum of three bfloat16 numbers, all of its
 # 24 bits, and six of the nine products, all but those below 2^-24, are summed in float32. On an
-# H200 (measured, D = 64) 25 TFLOP/s with a third of the rounding error of "ieee", which gives 11:
-# ordinary cores wait for operands in shared memory, whose banks conflict.
-_FLOAT_TENSOR = (
-    Row(64, 64, 16, 4, 2, widest=32, widest_e=32, exact="bf16x6"),  # 32 keys: 27, but spill at 72
-    Row(128, 64, 16, 4, 2, widest=16, widest_e=16, exact="bf16x6"),
-)
+# H200 (measured, D = 64) 27 TFLOP/s with a third of the rounding error of "ieee", which gives 11:
+# ordinary cores wait for operands in shared memory, whose banks conflict. Parts of 16 features, as
+# in the backward, whose scores are then the forward's to the last bit, or nearly.
+_FLOAT_TENSOR = Row(128, 64, 16, 4, 2, widest=16, widest_e=16, exact="bf16x6")
 _FLOAT_ORDINARY = (
     Row(64, 32, 32, 4, 2, widest=32, widest_e=32),
     Row(128, 32, 16, 4, 2, widest=16, widest_e=16),
@@ -187,10 +185,8 @@ _FLOAT_ORDINARY = (
 )
 TENSOR_FLOAT = ("large", "hopper")  # families that have room for it and where it is known to pay
 _FLOAT = {
-    **dict.fromkeys(TENSOR_FLOAT, (*_FLOAT_TENSOR, _FLOAT_ORDINARY[-1])),
-    "tensor memory": _FLOAT_ORDINARY,
-    "small": (_FLOAT_TENSOR[0], *_FLOAT_ORDINARY[1:]),  # 99 KiB
-    "amd": _FLOAT_ORDINARY,
+    "large": (_FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
+    "hopper": (replace(_FLOAT_TENSOR, most=64, block_n=32), _FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
 }
 # Head dimensions up to which they fit a block's shared memory, where not all do: in the forward and
 # the gradient through out, and in that through both outputs.
@@ -214,7 +210,7 @@ def forward_row(
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
-        table = _FLOAT_ORDINARY if ieee else _FLOAT[gpu]
+        table = _FLOAT_ORDINARY if ieee else _FLOAT.get(gpu, _FLOAT_ORDINARY)
     else:
         table = _MASKED_ELSEWHERE.get(gpu, _MASKED) if masked else _HALF[gpu]
     return next(row for row in table if row.serves(features, causal, dtype))
