@@ -21,16 +21,16 @@ CASES = [
     Case("gpu_causal", torch.float16, m=200, n=200, d=128, causal=True),
     Case("gpu_cross", torch.bfloat16, m=70, n=300, d=72),
 ]
-# What the efficient backward takes and the flash one does not.
+# What the efficient backward takes and the flash one does not. (Half inputs under a mask that is
+# added have cotangents in float32, which neither takes.)
 EFFICIENT = [
     Case("gpu_float", m=200, n=200, d=64),
     Case("gpu_float_causal", m=200, n=130, d=72, causal=True),
     Case("gpu_float_wider", m=70, n=300, d=64, e=128, layout="bshd"),
     Case("gpu_float_odd_mask", m=70, n=301, d=64, mask="inf"),
     Case("gpu_float_row_mask", m=70, n=304, d=64, mask="inf", mask_shape="b11n"),
-    Case("gpu_half_mask", torch.bfloat16, m=70, n=301, d=64, mask="bias", mask_shape="1hmn"),
     Case("gpu_half_causal", torch.float16, m=70, n=131, d=128, causal=True, layout="packed"),
-    Case("gpu_half_narrower", torch.bfloat16, m=70, n=131, d=72, e=40, mask="inf"),
+    Case("gpu_half_narrower", torch.bfloat16, m=70, n=131, d=72, e=40),
     Case("gpu_float_wide", m=70, n=131, d=256, layout="long"),
 ]
 

@@ -54,13 +54,23 @@ struct BFloat16Pair {
 
   // Two vectors rounded to bfloat16, as they are and as pairs with `low` in the lower halves.
   typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
-  SCM_INLINE Halves round(VecF low, VecF high) {
 #if defined(__AVX512BF16__)
+  SCM_INLINE Halves round(VecF low, VecF high) {
     return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  SCM_INLINE Halves join(VecH low, VecH high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  SCM_INLINE VecU pairs(Halves x) {
+    return (VecU)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                         23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                         15, 31);
+  }
 #else
+  SCM_INLINE Halves round(VecF low, VecF high) {
     return join(__builtin_convertvector(to_bf16(low), VecH),
                 __builtin_convertvector(to_bf16(high), VecH));
-#endif
   }
   SCM_INLINE Halves join(VecH low, VecH high) {
     Halves x;
@@ -74,6 +84,7 @@ struct BFloat16Pair {
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
     return __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
   }
+#endif
 };
 #endif
 

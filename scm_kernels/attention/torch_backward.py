@@ -29,8 +29,8 @@ _LSE_ROWS = 32
 
 
 def switch() -> str:
-    """PyTorch's own, of float32: "ieee" is none of its kernels."""
-    return torch.backends.cuda.matmul.fp32_precision
+    """What a choice depends on besides a problem: in float32 PyTorch has no kernel for "ieee"."""
+    return triton.float32_precision()
 
 
 def serves(problem: Backward, chosen: ModuleType) -> bool:
@@ -74,8 +74,9 @@ def refuses(problem: Backward) -> str | None:
 
 def _flash_refuses(p: Backward) -> str | None:
     """FlashAttention-2 as it is in PyTorch."""
-    if _no_nvidia(p):
-        return _no_nvidia(p)
+    reason = _no_nvidia(p)
+    if reason is not None:
+        return reason
     if p.q.dtype not in (torch.float16, torch.bfloat16) or p.q.shape[3] > 256:
         return "it has float16 and bfloat16, and head dimensions up to 256"
     if p.q.shape[3] != p.v.shape[3]:
@@ -87,8 +88,9 @@ def _flash_refuses(p: Backward) -> str | None:
 
 def _efficient_refuses(p: Backward) -> str | None:
     """Memory-efficient attention as it is in PyTorch."""
-    if _no_nvidia(p):
-        return _no_nvidia(p)
+    reason = _no_nvidia(p)
+    if reason is not None:
+        return reason
     if p.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "it has float32, float16 and bfloat16"
     if p.mask is not None and (p.mask.dtype != p.q.dtype or p.mask.shape[3] != p.k.shape[2]):

@@ -78,7 +78,7 @@ def _following(plan: Callable, problem: Forward | Backward, *switches: Callable)
     return run
 
 
-def _float32_precision() -> str:
+def float32_precision() -> str:
     """Of products in float32, by PyTorch's own switch. Where nobody has set it, "exact": to the
     last of float32's digits, on tensor cores where there are tiles for it. "ieee" and "tf32" mean
     what they mean for `torch.matmul`."""
@@ -87,7 +87,7 @@ def _float32_precision() -> str:
 
 
 def _precision_switch(problem: Forward | Backward) -> tuple[Callable, ...]:
-    return (_float32_precision,) if problem.q.dtype == torch.float32 else ()
+    return (float32_precision,) if problem.q.dtype == torch.float32 else ()
 
 
 def _atomics() -> bool:
