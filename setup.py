@@ -33,11 +33,11 @@ from setuptools.errors import CompileError
 SOURCES = Path(__file__).parent.absolute() / "csrc"
 # csrc/cpu/<kernel>.cpp, once for each instruction set
 KERNELS = ("isa", "attention_forward", "attention_backward", "tangent")
-SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel")
+SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel", "cpu/tangent_steps")
 # csrc/cuda/<kernel>.cu, attention once for each head dimension, and what is C++ there
 CUDA_KERNELS = {
     **{f"attention_forward.d{d}": f"-DSCM_HEAD_DIM={d}" for d in (64, 72, 96, 112, 128)},
-    **dict.fromkeys(("tangent_norm", "tangent_apply", "tangent_normalize", "tangent_scale"), ""),
+    **{f"tangent_{step}": "" for step in ("steps", "norm", "apply", "normalize", "scale")},
 }
 CUDA_SHARED = ("attention_dispatch", "bindings", "queue")
 

@@ -19,7 +19,6 @@ import scm_kernels
 from benchmarks import offline
 from benchmarks.common import report
 from examples.digits.model import Block, ModelConfig
-from scm_kernels.tangent import library as tangent
 
 
 class Nothing(torch.autograd.Function):
@@ -46,8 +45,9 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     nothing = Nothing.apply(*leaves)
     F, V, X, J = torch.randn(4, 32, 256, device=device)
     t = torch.rand(32, device=device)
-    scalars = torch.rand(32, 4, dtype=torch.float64, device=device)
-    normalize = tangent.tangent_normalize
+    w = torch.rand(32, device=device)
+    learned = F.clone().requires_grad_(), w.clone().requires_grad_()
+    loss = scm_kernels.consistency_loss(learned[0], V, X, J, t, learned[1])
     block = Block(ModelConfig(width=64, depth=1, heads=2)).to(device)
     h, t_h, m, t_m = (torch.randn(1, n, 64, device=device) for n in (16, 16, 4, 4))
     return {
@@ -60,8 +60,12 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         "of which PyTorch's, backward": lambda: torch.autograd.grad(
             nothing, leaves[:3], cotangents, retain_graph=True
         ),
-        "tangent_normalize": lambda: normalize(F, V, X, J, scalars, 0.1, False, False, ""),
         "normalized_tangent": lambda: scm_kernels.normalized_tangent(F, V, X, J, t),
+        "consistency_loss": lambda: scm_kernels.consistency_loss(F, V, X, J, t, w),
+        "consistency_loss, graph kept": lambda: scm_kernels.consistency_loss(
+            learned[0], V, X, J, t, learned[1]
+        ),
+        "its backward": lambda: torch.autograd.grad(loss, learned, retain_graph=True),
         "a DiT block": lambda: block(h, m),
         "jvp of a DiT block": lambda: scm_kernels.jvp(block, (h, m), (t_h, t_m)),
         "torch.empty_like": lambda: torch.empty_like(F),

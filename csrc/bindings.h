@@ -42,6 +42,28 @@ Problem attention(const Sizes& sizes, bool causal, float scale,
 // Address and stride of a row, in elements, of each of f, v, x, j.
 using Rows = std::vector<std::tuple<uintptr_t, int64_t>>;
 
+// (address, stride in elements, whether float64) of a number a sample, or None.
+using Number = std::optional<std::tuple<uintptr_t, int64_t, bool>>;
+
+inline Numbers numbers(const Number& x) {
+  if (!x) return {};
+  const auto& [data, stride, wide] = *x;
+  return {reinterpret_cast<char*>(data), stride, wide};
+}
+
+// t, warmup, r, sigma_data, c, preset, zero.
+using Numbered = std::tuple<Number, Number, double, double, double, int, bool>;
+
+inline Options options(const Numbered& x) {
+  const auto& [t, warmup, r, sigma_data, c, preset, zero] = x;
+  return {numbers(t), numbers(warmup), r, sigma_data, c, static_cast<Preset>(preset), zero};
+}
+
+template <class T>
+T* pointer(uintptr_t x) {
+  return reinterpret_cast<T*>(x);
+}
+
 template <class Problem>
 Problem tangent(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients) {
   Problem p{};
@@ -50,7 +72,43 @@ Problem tangent(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t co
     p.input[i] = reinterpret_cast<const char*>(std::get<0>(inputs.at(i)));
     p.stride[i] = std::get<1>(inputs.at(i));
   }
-  p.coefficients = reinterpret_cast<const double*>(coefficients);
+  p.coefficients = pointer<double>(coefficients);
+  return p;
+}
+
+inline TangentLoss loss(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients,
+                        const Numbered& numbered, const Number& log_weight, uintptr_t losses,
+                        uintptr_t distances, uintptr_t weights) {
+  auto p = tangent<TangentLoss>(b, d, type, inputs, coefficients);
+  p.options = options(numbered), p.log_weight = numbers(log_weight);
+  p.losses = pointer<float>(losses), p.distances = pointer<double>(distances);
+  p.weights = pointer<double>(weights);
+  return p;
+}
+
+inline TangentApply apply(int64_t b, int64_t d, int type, const Rows& inputs,
+                          uintptr_t coefficients, uintptr_t out) {
+  auto p = tangent<TangentApply>(b, d, type, inputs, coefficients);
+  p.out = pointer<char>(out);
+  return p;
+}
+
+inline TangentGradient gradient(int64_t b, int64_t d, int type, const Rows& inputs,
+                                uintptr_t coefficients, uintptr_t out, uintptr_t scaled,
+                                uintptr_t distances, uintptr_t weights, const Number& log_weight,
+                                const Number& dlosses, const Number& dlog_weight) {
+  auto p = tangent<TangentGradient>(b, d, type, inputs, coefficients);
+  p.out = pointer<char>(out), p.scaled = pointer<double>(scaled);
+  p.distances = pointer<double>(distances), p.weights = pointer<double>(weights);
+  p.log_weight = numbers(log_weight), p.dlosses = numbers(dlosses);
+  p.dlog_weight = numbers(dlog_weight);
+  return p;
+}
+
+inline TangentNormalize normalize(int64_t b, int64_t d, int type, const Rows& inputs,
+                                  uintptr_t coefficients, uintptr_t out, const Numbered& numbered) {
+  auto p = tangent<TangentNormalize>(b, d, type, inputs, coefficients);
+  p.out = pointer<char>(out), p.options = options(numbered);
   return p;
 }
 

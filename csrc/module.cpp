@@ -10,7 +10,6 @@
 
 namespace py = pybind11;
 using scm::Address;
-using scm::Rows;
 using scm::Sizes;
 
 namespace {
@@ -48,28 +47,14 @@ void attention_backward(const Sizes& sizes, bool causal, float scale, int thread
   run(scm::kernels().attention_backward, p);
 }
 
-void tangent_norm(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
-                  uintptr_t coefficients, uintptr_t squares) {
-  auto p = scm::tangent<scm::TangentNorm>(b, d, type, inputs, coefficients);
-  p.threads = threads;
-  p.squares = reinterpret_cast<double*>(squares);
-  run(scm::kernels().tangent_norm, p);
-}
-
-void tangent_apply(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
-                   uintptr_t coefficients, uintptr_t out) {
-  auto p = scm::tangent<scm::TangentApply>(b, d, type, inputs, coefficients);
-  p.threads = threads;
-  p.out = reinterpret_cast<char*>(out);
-  run(scm::kernels().tangent_apply, p);
-}
-
-void tangent_normalize(int64_t b, int64_t d, int threads, int type, const Rows& inputs,
-                       uintptr_t coefficients, uintptr_t out, double count, double c, bool zero) {
-  auto p = scm::tangent<scm::TangentNormalize>(b, d, type, inputs, coefficients);
-  p.threads = threads;
-  p.out = reinterpret_cast<char*>(out), p.count = count, p.c = c, p.zero = zero;
-  run(scm::kernels().tangent_normalize, p);
+// kernel(make(arguments)) as a function of the number of threads and these arguments.
+template <class Problem, class... Arguments>
+auto function(scm::Status (*kernel)(const Problem&), Problem (*make)(Arguments...)) {
+  return [kernel, make](int threads, Arguments... arguments) {
+    Problem p = make(arguments...);
+    p.threads = threads;
+    run(kernel, p);
+  };
 }
 
 std::vector<std::string> instruction_sets() {
@@ -94,9 +79,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_instruction_set", &select_instruction_set, "Use this one from now on.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
-  m.def("tangent_norm", &tangent_norm);
-  m.def("tangent_apply", &tangent_apply);
-  m.def("tangent_normalize", &tangent_normalize);
+  m.def("tangent_loss", function(scm::tangent_loss, scm::loss));
+  m.def("tangent_apply", function(scm::tangent_apply, scm::apply));
+  m.def("tangent_gradient", function(scm::tangent_gradient, scm::gradient));
+  m.def("tangent_normalize", function(scm::tangent_normalize, scm::normalize));
 #ifdef SCM_CUDA
   scm::add_cuda_functions(m);
 #endif

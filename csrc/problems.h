@@ -46,15 +46,23 @@ struct AttentionBackward : Attention {
   Tensor dmask, dtmask;              // [b, h, m, n] float32, to be added to; stride 0 sums
 };
 
+// A number a sample, float32 or float64. Stride 0 repeats one for all.
+struct Numbers {
+  char* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;  // float64
+};
+
 // f, v, x, j [b, d] with a contiguous last dimension; coefficients [b, 4] contiguous. Symbols and
 // formulas: scm_kernels/tangent/reference.py.
 struct Tangent {
   int64_t b, d;
-  int threads;  // of the CPU
+  int threads;   // of the CPU
+  double* sums;  // of a GPU: room for those of the parts of samples
   Type type;
   const char* input[4];
   int64_t stride[4];  // of a row, in elements
-  const double* coefficients;
+  double* coefficients;
 };
 
 struct TangentNorm : Tangent {
@@ -65,11 +73,36 @@ struct TangentApply : Tangent {
   char* out;  // [b, d], contiguous
 };
 
-struct TangentNormalize : Tangent {
-  char* out;     // [b, d], contiguous
-  double count;  // what the squares are divided by: 1, or d for a mean
-  double c;
-  bool zero;  // a non-finite sample becomes zeros, not NaN
+// The presets, in the order of scm_kernels/tangent/presets.py.
+enum class Preset : int32_t { kPaper, kRms, kSana, kRcm, kMeanflow };
+
+// What a sample's coefficients, scale and weight are made of: presets.h.
+struct Options {
+  Numbers t, warmup;
+  double r;  // for all samples, where there is no `warmup`
+  double sigma_data, c;
+  Preset preset;
+  bool zero;  // a non-finite sample is left out, not NaN
+};
+
+// The coefficients are an output, times s.
+struct TangentLoss : Tangent {
+  Options options;
+  Numbers log_weight;
+  float* losses;                // [b]
+  double *distances, *weights;  // [b]
+};
+
+// The gradient of the losses in F, and in log_weight: at 0 where there is none.
+struct TangentGradient : TangentApply {
+  double* scaled;                     // room for what is applied, [b, 4]
+  const double *distances, *weights;  // [b]
+  Numbers log_weight, dlosses, dlog_weight;
+};
+
+// `coefficients` has room for them.
+struct TangentNormalize : TangentApply {
+  Options options;
 };
 
 }  // namespace scm

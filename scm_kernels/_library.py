@@ -9,7 +9,6 @@ functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pas
 import functools
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -45,7 +44,6 @@ __all__ = [
     "below_autograd",
     "define",
     "differentiable",
-    "outer_levels",
     "refuse_duals",
     "without_autocast",
 ]
@@ -79,6 +77,16 @@ class Op:
             if plain(args[: self.tensors]):
                 return self.kernel(*args)
             return self.dispatched(*args)
+
+    def inside(self, *args):
+        """Below autograd from inside `Function.forward`, which turns both modes of AD off: the
+        levels of functorch's stack outside of this one (the other `grad` of `grad(grad(f))`) still
+        need them.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return self.below(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return self.below(*args)
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -187,12 +195,3 @@ def apply(function: type[Function], *args):
     """`function.apply` inside an Autograd kernel, where functorch has already chosen the level."""
     with enable_single_level_autograd_function():
         return function.apply(*args)
-
-
-@contextmanager
-def outer_levels():
-    """Below autograd from inside `Function.forward`, which turns both modes of AD off: the levels
-    of functorch's stack outside of this one (the other `grad` of `grad(grad(f))`) still need them.
-    """
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
-        yield

@@ -25,12 +25,19 @@ class Plans(dict):
             self.clear()
 
 
+class Number(float):
+    """A number that may be another at each call: no part of a kind."""
+
+
 def kind(values: Iterable[Tensor | object]) -> tuple:
-    """All that may be decided by: everything but the numbers in the tensors, and where they are."""
+    """All that may be decided by: everything but the numbers in tensors, where these are, and every
+    `Number`."""
     result = []
     for x in values:
         if isinstance(x, Tensor):
             x = x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15
+        elif isinstance(x, Number):
+            continue
         result.append(x)
     return tuple(result)
 

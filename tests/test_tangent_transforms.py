@@ -78,14 +78,17 @@ def test_dual_level_is_refused(name):
 @pytest.mark.parametrize("i", range(5))
 def test_bare_ops_refuse_duals(i):
     inputs = [torch.randn(3, 4, device=DEVICE) for _ in range(5)]
-    squares, ops = torch.rand(3, device=DEVICE), torch.ops.scm_kernels
+    numbers, ops = [torch.rand(3, device=DEVICE) for _ in range(3)], torch.ops.scm_kernels
+    options = (1.0, 0.5, 0.1, "paper", False, "")
     with forward_ad.dual_level():
         inputs[i] = forward_ad.make_dual(inputs[i], torch.ones_like(inputs[i]))
+        times = inputs[4][:, 0], None
         for call in (
-            lambda: ops.tangent_norm(*inputs, ""),
+            lambda: ops.tangent_loss(*inputs[:4], *times, None, *options),
+            lambda: ops.tangent_gradient(*inputs, *numbers[:2], None, numbers[2], ""),
+            lambda: ops.tangent_normalize(*inputs[:4], *times, *options),
             lambda: ops.tangent_apply(*inputs, ""),
-            lambda: ops.tangent_normalize(*inputs, 0.1, False, False, ""),
-            lambda: ops.tangent_distance(*inputs, squares, ""),
+            lambda: ops.tangent_distance(*inputs, numbers[0], ""),
         ):
             with pytest.raises(NotImplementedError, match="dual tensor"):
                 call()
@@ -278,24 +281,22 @@ def test_compile_keeps_the_layout():
 
 
 def test_opcheck():
-    F, V, X, J, *_ = arguments((3, 5))
+    F, V, X, J, t, w = arguments((3, 5))
+    ops, check = torch.ops.scm_kernels, torch.library.opcheck
+    options = (1.0, 0.5, 0.1, "sana", False, "")
     for requires_grad in (False, True):
         coefficients = torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
-        squares = torch.rand(3, dtype=torch.float64, device=DEVICE)
+        numbers = torch.rand(3, 3, dtype=torch.float64, device=DEVICE)
         inputs = (F.clone().requires_grad_(requires_grad), V, X, J)
-        torch.library.opcheck(torch.ops.scm_kernels.tangent_norm, (F, V, X, J, coefficients, ""))
-        torch.library.opcheck(
-            torch.ops.scm_kernels.tangent_apply,
-            (F, V, X, J, coefficients.requires_grad_(requires_grad), ""),
-        )
-        torch.library.opcheck(
-            torch.ops.scm_kernels.tangent_normalize,
-            (F, V, X, J, coefficients.detach(), 0.1, True, False, ""),
-        )
-        torch.library.opcheck(
-            torch.ops.scm_kernels.tangent_distance,
-            (*inputs, coefficients.detach(), squares, ""),
-        )
+        w = w.detach().requires_grad_(requires_grad)
+        for warmup in (None, t):
+            check(ops.tangent_loss, (*inputs, t, warmup, w, *options))
+            check(ops.tangent_normalize, (F, V, X, J, t, warmup, *options))
+        check(ops.tangent_loss, (*inputs, t, None, None, *options))
+        check(ops.tangent_gradient, (F, V, X, J, coefficients, *numbers[:2], t, numbers[2], ""))
+        check(ops.tangent_distance, (*inputs, coefficients, numbers[0], ""))
+        coefficients.requires_grad_(requires_grad)
+        check(ops.tangent_apply, (F, V, X, J, coefficients, ""))
 
 
 def test_checkpoint():
@@ -334,20 +335,20 @@ def test_a_backend_plugs_in_behind_the_op(monkeypatch):
         refuses = staticmethod(lambda problem: "it is full" if len(problem.f) > 3 else None)
 
         @staticmethod
-        def norm(problem):
-            seen.append("norm")
+        def loss(problem):
+            seen.append("loss")
             assert all(x.stride(1) == 1 for x in (problem.f, problem.v, problem.x, problem.j))
-            reference.norm(problem)
+            reference.loss(problem)
 
         @staticmethod
-        def apply(problem):
-            seen.append("apply")
+        def gradient(problem):
+            seen.append("gradient")
             problem.out.fill_(7.0)
 
         @staticmethod
         def normalize(problem):
             seen.append("normalize")
-            reference.normalize_in_two(problem, Planted.norm, Planted.apply)
+            problem.out.fill_(8.0)
 
     real = _backends._implementation
     monkeypatch.setattr(
@@ -361,11 +362,10 @@ def test_a_backend_plugs_in_behind_the_op(monkeypatch):
         loss = consistency_loss(x, *rest)
     with _backends.backend("reference"):  # the backward keeps the forward's backend
         (dF,) = torch.autograd.grad(loss, x)
-    assert seen == ["norm", "apply"]
-    assert (dF == 7).all()
+        assert (dF == 7).all()
     with _backends.backend("cpu"):
-        assert (normalized_tangent(F, *rest[:4]) == 7).all()
-    assert seen[2:] == ["normalize", "norm", "apply"]
+        assert (normalized_tangent(F, *rest[:4]) == 8).all()
+    assert seen == ["loss", "gradient", "normalize"]
     with (
         _backends.backend("cpu"),
         pytest.raises(NotImplementedError, match=r"'cpu' was forced.*it is full.*'reference'"),

@@ -24,24 +24,17 @@ ops = torch.ops.scm_kernels
 slow, ptx = pytest.mark.slow, pytest.mark.ptx
 
 
-def steps(inputs, coefficients):
+def steps(inputs, t):
     """Each step, to be called."""
+    batch = len(t)
+    numbers = [torch.rand(shape, dtype=torch.float64) for shape in ((batch, 4), batch, batch)]
+    dlosses = torch.ones(batch)
     return {
-        "norm": lambda: ops.tangent_norm(*inputs, coefficients, "triton"),
-        "apply": lambda: ops.tangent_apply(*inputs, coefficients, "triton"),
-        "normalize": lambda: shared.normalize(inputs, coefficients, "triton"),
+        "loss": lambda: shared.loss(inputs, t, "triton", w=dlosses),
+        "gradient": lambda: ops.tangent_gradient(*inputs, *numbers, dlosses, dlosses, "triton"),
+        "normalize": lambda: shared.normalize(inputs, t, "triton"),
+        "apply": lambda: ops.tangent_apply(*inputs, numbers[0], "triton"),
     }
-
-
-def check(inputs, coefficients):
-    """All steps against float64."""
-    g = shared.combined(inputs, coefficients)
-    terms = shared.combined([x.abs() for x in inputs], coefficients.abs())
-    results = {name: step() for name, step in steps(inputs, coefficients).items()}
-    torch.testing.assert_close(results["norm"], g.square().sum(1), rtol=1e-6, atol=1e-12)
-    shared.close_rounded(results["apply"], g, terms)
-    s = 1 / (g.norm(dim=1, keepdim=True) + 0.1)
-    shared.close_rounded(results["normalize"], s * g, s * terms)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -91,19 +84,20 @@ def test_compiled(test, arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_far_apart(launches, dtype):
     """Vectors of rows with gaps between them, of up to 2^31 elements."""
-    inputs, coefficients = shared.make((2, 1032), dtype)
+    inputs, t = shared.make((2, 1032), dtype)
     room = torch.empty(2**31 + 4096, dtype=dtype)  # of which two rows are touched
     inputs[1] = room.as_strided((2, 1032), (2**31 + 8, 1)).copy_(inputs[1])
     inputs[2] = torch.full((2, 1040), torch.nan, dtype=dtype)[:, 8:].copy_(inputs[2])
-    check(inputs, coefficients)
-    assert {launch.constants["VEC"] for launch in launches} == {16 // dtype.itemsize}
+    shared.check_preset("triton", "paper", inputs, t)
+    widths = {launch.constants["VEC"] for launch in launches if "VEC" in launch.constants}
+    assert widths == {16 // dtype.itemsize}
 
 
 @ptx
 @pytest.mark.usefixtures("launches")
 def test_zero_coefficients_in_one_alone():
     """Coefficients that are zero in float32 but not in float64 leave no sample out."""
-    inputs, coefficients = shared.make((3, 5))
+    inputs, coefficients = shared.make((3, 5))[0], shared.random_coefficients(3)
     inputs[0][0, 0] = torch.nan
     coefficients[0] = 1e-60
     applied = ops.tangent_apply(*inputs, coefficients, "triton")
@@ -131,22 +125,29 @@ def guarded(ptxsim, x):
 )
 def test_each_byte_moves_once(ptxsim, launches, shape, dtype):
     """Sectors of inputs and outputs, in 16-byte accesses; twice where a sample is in parts."""
-    inputs, coefficients = shared.make(shape, dtype)
-    inputs, coefficients = [guarded(ptxsim, x) for x in inputs], guarded(ptxsim, coefficients)
+    inputs, t = shared.make(shape, dtype)
+    inputs = [guarded(ptxsim, x) for x in inputs]
     size = inputs[0].nbytes
-    for name, step in steps(inputs, coefficients).items():
+    for name, step in steps(inputs, t).items():
         launches.clear()
         step()
         reads = 2 if name == "normalize" and shape[1] > config.KEPT[-1].most else 1
-        stats = [launch.stats for launch in launches]
+        numbers = [x.stats for x in launches if "SAMPLES" in x.constants]
+        stats = [x.stats for x in launches if "SAMPLES" not in x.constants]
         assert len(stats) <= 2
         lines = [line for x in stats for line in x.memory_lines]
         vectors = 32 * sum(x["sectors"] for x in lines if "global.v4.b32" in x["op"])
-        assert vectors == size * (4 * reads + (name != "norm"))
+        assert vectors == size * (4 * reads + (name != "loss"))
         # What else there is: coefficients, sums, and those of parts.
-        moved = 32 * sum(x.global_load_sectors + x.global_store_sectors for x in stats)
-        sums = 8 * shape[0] if name == "norm" else 0
-        assert moved <= 1.05 * (vectors + coefficients.nbytes + sums)
+        sums = 8 * shape[0] if name == "loss" else 0
+        assert moved(stats) <= 1.05 * (vectors + 32 * shape[0] + sums)
+        assert len(numbers) == {"loss": 2, "apply": 0}.get(name, 1)
+        assert moved(numbers) <= 640 * (shape[0] + 8)
+
+
+def moved(stats):
+    """Bytes of sectors."""
+    return 32 * sum(x.global_load_sectors + x.global_store_sectors for x in stats)
 
 
 # --- what is compiled -----------------------------------------------------------------------------
@@ -171,13 +172,12 @@ SIZES = sorted({64, *(min(t.most, 40_000) for t in config.SUMMED + config.APPLIE
 def test_nothing_spills(target, dtype, size):
     """Every row of the tables; on NVIDIA's GPUs in 16-byte accesses, but for the tiniest."""
     inputs = [torch.empty(2, size, dtype=dtype) for _ in range(4)]
-    coefficients = torch.empty(2, 4, dtype=torch.float64)
     with offline.gpu(target) as launches:
-        for step in steps(inputs, coefficients).values():
+        for step in steps(inputs, torch.ones(2)).values():
             step()
     for launch in launches:
-        assert launch.spilled() == 0, launch.name
-        vectors = size > config.TINY.most and launch.name != "tangent_sum_kernel"
+        assert launch.spilled() <= shared.sines_array(launch.name), launch.name
+        vectors = size > config.TINY.most and "VEC" in launch.constants
         if target != "gfx942" and vectors:
             assert b"ld.global.v4.b32" in launch.code("ptx"), launch.name
 
@@ -188,15 +188,16 @@ def test_sizes_share_a_kernel():
     """
     with offline.gpu("sm_80") as launches:
         for batch, size, c in ((1, 40_000, 1.0), (2, 2**20, 0.0), (16, 33_000, 0.1)):
-            inputs = [torch.empty(batch, size, dtype=torch.bfloat16) for _ in range(4)]
-            coefficients = torch.empty(batch, 4, dtype=torch.float64)
-            for step in steps(inputs, coefficients).values():
+            inputs, t = [torch.empty(batch, size, dtype=torch.bfloat16) for _ in range(4)], [0.5]
+            t = torch.tensor(t * batch)
+            for step in steps(inputs, t).values():
                 step()
-            shared.normalize(inputs, coefficients, "triton", c=c, mean=True, zero=True)
-    assert {launch.name: launch.metadata.hash for launch in launches}.keys() == {
-        f"tangent_{name}_kernel" for name in ("norm", "sum", "apply", "scale")
+            shared.normalize(inputs, t, "triton", c=c, preset="rms", zero=True)
+    passes, numbers = ("norm", "sum", "apply", "scale"), ("coefficients", "loss", "gradient")
+    assert {launch.name for launch in launches} == {
+        f"tangent_{name}_kernel" for name in (*passes, *numbers)
     }
-    assert len({launch.metadata.hash for launch in launches}) == 4
+    assert len({launch.metadata.hash for launch in launches}) == 7
 
 
 # --- interpreted ----------------------------------------------------------------------------------
@@ -229,31 +230,24 @@ def test_interpreted(chosen):
 
 
 def test_what_is_refused():
-    inputs, coefficients = shared.make((2, 3))
+    inputs, t = shared.make((2, 3))
     with offline.gpu("sm_80"):
-        for wrong, message in (
-            ((*(x.double() for x in inputs), coefficients), "not torch.float64"),
-            ((*inputs, coefficients.float()), "coefficients in float64, not torch.float32"),
-        ):
-            with pytest.raises(NotImplementedError, match=message):
-                ops.tangent_norm(*wrong, "triton")
+        for step in steps([x.double() for x in inputs], t).values():
+            with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
+                step()
 
 
 @ptx
 @pytest.mark.parametrize("shape", [(3, 40), (2, 5000), (1, 70001)], ids=str)
 def test_a_second_launch_is_like_the_first(launches, shape):
     """It goes to the compiled kernel at once, with every argument that it has."""
-    inputs, coefficients = shared.make(shape)
-    steps = {
-        "tangent_norm": (),
-        "tangent_apply": (),
-        "tangent_normalize": (0.1, False, False),
-    }
-    for step, options in steps.items():
-        run = getattr(ops, step)
-        first = run(*inputs, coefficients, *options, "triton")
-        count = len(launches)
-        assert torch.equal(first, run(*inputs, coefficients, *options, "triton")), step
+    inputs, t = shared.make(shape)
+    for name, step in steps(inputs, t).items():
+        first, count = step(), len(launches)
+        again = step()
+        if isinstance(first, torch.Tensor):
+            first, again = [first], [again]
+        assert all(map(torch.equal, first, again)), name
         assert len(launches) == count + len({x.name for x in launches[:count]})
         assert launches[0].grid == launches[count].grid
         launches.clear()

@@ -16,4 +16,10 @@ const Kernels& kernels();
 // Use those of an instruction set by its name; false if they are not available.
 bool select_kernels(const char* isa);
 
+// The steps of the tangent on the kernels in use.
+Status tangent_loss(const TangentLoss& p);
+Status tangent_apply(const TangentApply& p);
+Status tangent_gradient(const TangentGradient& p);
+Status tangent_normalize(const TangentNormalize& p);
+
 }  // namespace scm

@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "pages.h"
 #include "parallel.h"
+#include "presets.h"
 #include "simd.h"
 
 namespace scm {
@@ -179,11 +180,8 @@ Status apply(const TangentApply& p) {
   });
 }
 
-// s of a sample. NaN where its sum is not finite, so that all of it is seen to be lost, or 0 where
-// such a sample is to be zeros.
-static float scale(const TangentNormalize& p, double squares) {
-  if (!__builtin_isfinite(squares)) return p.zero ? 0.0f : __builtin_nanf("");
-  return static_cast<float>(1.0 / (__builtin_sqrt(squares / p.count) + p.c));
+float scale(const TangentNormalize& p, double squares) {
+  return static_cast<float>(sample::scale(p.options, squares, p.d));
 }
 
 // Whole samples at a time, g kept in the thread's scratch between its norm and its scaling.

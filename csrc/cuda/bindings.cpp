@@ -58,35 +58,15 @@ std::optional<std::string> error(int device) {
   return error == cudaSuccess ? std::nullopt : std::make_optional(text(error));
 }
 
-int64_t tangent_sums(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients) {
-  return cuda::tangent_sums(tangent<Tangent>(b, d, type, inputs, coefficients));
-}
-
-Launches tangent_norm(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients,
-                      uintptr_t squares, uintptr_t sums, int device, Stream stream) {
-  auto p = tangent<TangentNorm>(b, d, type, inputs, coefficients);
-  p.squares = reinterpret_cast<double*>(squares);
-  return run("tangent_norm", device, stream, [&](cuda::Queue& queue) {
-    return cuda::launch_tangent_norm(p, reinterpret_cast<double*>(sums), queue);
-  });
-}
-
-Launches tangent_apply(int64_t b, int64_t d, int type, const Rows& inputs, uintptr_t coefficients,
-                       uintptr_t out, int device, Stream stream) {
-  auto p = tangent<TangentApply>(b, d, type, inputs, coefficients);
-  p.out = reinterpret_cast<char*>(out);
-  return run("tangent_apply", device, stream,
-             [&](cuda::Queue& queue) { return cuda::launch_tangent_apply(p, queue); });
-}
-
-Launches tangent_normalize(int64_t b, int64_t d, int type, const Rows& inputs,
-                           uintptr_t coefficients, uintptr_t out, double count, double c, bool zero,
-                           uintptr_t sums, int device, Stream stream) {
-  auto p = tangent<TangentNormalize>(b, d, type, inputs, coefficients);
-  p.out = reinterpret_cast<char*>(out), p.count = count, p.c = c, p.zero = zero;
-  return run("tangent_normalize", device, stream, [&](cuda::Queue& queue) {
-    return cuda::launch_tangent_normalize(p, reinterpret_cast<double*>(sums), queue);
-  });
+// host(make(arguments)) as a function of these arguments, `sums`, a device and a stream.
+template <class Problem, class... Arguments>
+auto function(const char* op, cudaError_t (*host)(const Problem&, cuda::Queue&),
+              Problem (*make)(Arguments...)) {
+  return [op, host, make](Arguments... arguments, uintptr_t sums, int device, Stream stream) {
+    Problem p = make(arguments...);
+    p.sums = pointer<double>(sums);
+    return run(op, device, stream, [&](cuda::Queue& queue) { return host(p, queue); });
+  };
 }
 
 }  // namespace
@@ -94,10 +74,13 @@ Launches tangent_normalize(int64_t b, int64_t d, int type, const Rows& inputs,
 void add_cuda_functions(py::module_& m) {
   m.def("cuda_error", &error, "Why a device does not run the kernels, None if it does.");
   m.def("cuda_attention_forward", &attention_forward);
-  m.def("cuda_tangent_sums", &tangent_sums, "The numbers in float64 that `sums` has room for.");
-  m.def("cuda_tangent_norm", &tangent_norm);
-  m.def("cuda_tangent_apply", &tangent_apply);
-  m.def("cuda_tangent_normalize", &tangent_normalize);
+  m.def("cuda_tangent_sums", &cuda::tangent_sums);
+  m.def("cuda_tangent_loss", function("tangent_loss", cuda::launch_tangent_loss, loss));
+  m.def("cuda_tangent_apply", function("tangent_apply", cuda::launch_tangent_apply, apply));
+  m.def("cuda_tangent_gradient",
+        function("tangent_gradient", cuda::launch_tangent_gradient, gradient));
+  m.def("cuda_tangent_normalize",
+        function("tangent_normalize", cuda::launch_tangent_normalize, normalize));
 }
 
 }  // namespace scm

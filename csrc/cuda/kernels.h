@@ -15,11 +15,12 @@ cudaError_t launch_attention_forward(const AttentionForward& problem, Queue& que
 // Whether this device runs the kernels: whether its driver takes this module's runtime and code.
 cudaError_t usable(int device);
 
-// `sums`: room for tangent_sums(problem) numbers, for samples that are cut into parts.
-int64_t tangent_sums(const Tangent& problem);
-cudaError_t launch_tangent_norm(const TangentNorm& problem, double* sums, Queue& queue);
+// The numbers that `sums` of b samples of d elements has room for, where those are cut into parts.
+int64_t tangent_sums(int64_t b, int64_t d);
+cudaError_t launch_tangent_loss(const TangentLoss& problem, Queue& queue);
 cudaError_t launch_tangent_apply(const TangentApply& problem, Queue& queue);
-cudaError_t launch_tangent_normalize(const TangentNormalize& problem, double* sums, Queue& queue);
+cudaError_t launch_tangent_gradient(const TangentGradient& problem, Queue& queue);
+cudaError_t launch_tangent_normalize(const TangentNormalize& problem, Queue& queue);
 
 }  // namespace cuda
 }  // namespace scm

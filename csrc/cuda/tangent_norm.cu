@@ -54,9 +54,7 @@ cudaError_t usable(int device) {
   return error == cudaSuccess ? cudaFuncGetAttributes(&attributes, tangent_sum_kernel) : error;
 }
 
-int64_t tangent_sums(const Tangent& problem) {
-  return problem.d <= kWhole ? 0 : problem.b * cut(problem).parts;
-}
+int64_t tangent_sums(int64_t b, int64_t d) { return d <= kWhole ? 0 : b * cut(b, d).parts; }
 
 cudaError_t launch_tangent_sums(const Tangent& problem, Cut cut, double* sums, Queue& queue) {
   Plan plan(problem, nullptr);
@@ -64,14 +62,14 @@ cudaError_t launch_tangent_sums(const Tangent& problem, Cut cut, double* sums, Q
   return plan.launch(queue, kVectors, kElements, 0, NormParams{plan.samples, sums});
 }
 
-cudaError_t launch_tangent_norm(const TangentNorm& problem, double* sums, Queue& queue) {
+cudaError_t launch_tangent_norm(const TangentNorm& problem, Queue& queue) {
   if (!known(problem)) return cudaErrorNotSupported;
-  const Cut parts = cut(problem);
+  const Cut parts = cut(problem.b, problem.d);
   if (parts.parts == 1) return launch_tangent_sums(problem, parts, problem.squares, queue);
-  const cudaError_t error = launch_tangent_sums(problem, parts, sums, queue);
+  const cudaError_t error = launch_tangent_sums(problem, parts, problem.sums, queue);
   if (error != cudaSuccess) return error;
   return queue.launch(tangent_sum_kernel, "tangent_sum_kernel", problem.b, kThreads, 0,
-                      SumParams{sums, problem.squares, static_cast<unsigned>(parts.parts)});
+                      SumParams{problem.sums, problem.squares, static_cast<unsigned>(parts.parts)});
 }
 
 }  // namespace cuda

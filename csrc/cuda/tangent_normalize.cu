@@ -98,17 +98,17 @@ SCM_TANGENT_KERNELS(kWideVectors, normalize_wide, NormalizeParams, 4, 8)
 
 }  // namespace
 
-cudaError_t launch_tangent_normalize(const TangentNormalize& problem, double* sums, Queue& queue) {
+cudaError_t launch_tangent_scaled(const TangentNormalize& problem, Queue& queue) {
   if (!known(problem)) return cudaErrorNotSupported;
   const int64_t d = problem.d;
   Plan plan(problem, problem.out);
   const bool wide = plan.vectors && d > kNarrow && d <= kWide && (d <= kWhole || problem.b >= kFew);
   if (d > kWhole && !wide) {
-    const cudaError_t error = launch_tangent_sums(problem, cut(problem), sums, queue);
-    return error == cudaSuccess ? launch_tangent_scale(problem, sums, queue) : error;
+    const cudaError_t error = launch_tangent_sums(problem, cut(problem.b, d), problem.sums, queue);
+    return error == cudaSuccess ? launch_tangent_scale(problem, queue) : error;
   }
   plan.share({1, d});
-  const NormalizeParams params(problem, plan.samples, nullptr);
+  const NormalizeParams params(problem, plan.samples);
   const int64_t rest = d - kThreads * (wide ? kWideKept : kKept);
   const int shared = static_cast<int>(std::max<int64_t>(rest, 0) * sizeof(float));
   if (wide) return plan.launch(queue, kWideVectors, kWideVectors, shared, params);

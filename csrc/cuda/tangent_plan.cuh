@@ -53,10 +53,10 @@ struct Cut {
   int64_t parts, each;
 };
 
-inline Cut cut(const Tangent& p) {
-  if (p.d <= kWhole) return {1, p.d};
-  const int64_t tiles = up(p.d, kTile);
-  const int64_t each = std::max({p.b * tiles / kBlocks, up(tiles, kParts), int64_t{1}});
+inline Cut cut(int64_t b, int64_t d) {
+  if (d <= kWhole) return {1, d};
+  const int64_t tiles = up(d, kTile);
+  const int64_t each = std::max({b * tiles / kBlocks, up(tiles, kParts), int64_t{1}});
   return {up(tiles, each), each * kTile};
 }
 
@@ -126,8 +126,11 @@ inline bool known(const Tangent& p) {
 
 // sums [b, parts] of the squares of each part.
 cudaError_t launch_tangent_sums(const Tangent& problem, Cut cut, double* sums, Queue& queue);
-// out = g scaled by the norms that follow from sums.
-cudaError_t launch_tangent_scale(const TangentNormalize& problem, const double* sums, Queue& queue);
+cudaError_t launch_tangent_norm(const TangentNorm& problem, Queue& queue);
+// out = g over its norm: `launch_tangent_normalize`, once the coefficients are there.
+cudaError_t launch_tangent_scaled(const TangentNormalize& problem, Queue& queue);
+// The second pass of it over samples in parts, whose sums are there.
+cudaError_t launch_tangent_scale(const TangentNormalize& problem, Queue& queue);
 
 }  // namespace cuda
 }  // namespace scm

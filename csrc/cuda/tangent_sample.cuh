@@ -227,13 +227,13 @@ __device__ inline double add_parts(const double* sums, int64_t row, unsigned par
 
 // What normalises samples. `sums` [b, parts], of samples in parts.
 struct NormalizeParams {
-  NormalizeParams(const TangentNormalize& p, const Samples& samples, const double* sums)
+  NormalizeParams(const TangentNormalize& p, const Samples& samples)
       : samples(samples),
-        sums(sums),
+        sums(p.sums),
         out(p.out),
-        count(p.count),
-        c(p.c),
-        lost(p.zero ? 0.0f : std::numeric_limits<float>::quiet_NaN()) {}
+        count(p.options.preset == Preset::kRms ? p.d : 1.0),
+        c(p.options.c),
+        lost(p.options.zero ? 0.0f : std::numeric_limits<float>::quiet_NaN()) {}
 
   Samples samples;
   const double* sums;

@@ -29,11 +29,10 @@ SCM_TANGENT_KERNELS(kElements, scale, NormalizeParams, 1, 1)
 
 }  // namespace
 
-cudaError_t launch_tangent_scale(const TangentNormalize& problem, const double* sums,
-                                 Queue& queue) {
+cudaError_t launch_tangent_scale(const TangentNormalize& problem, Queue& queue) {
   Plan plan(problem, problem.out);
-  plan.share(cut(problem));
-  return plan.launch(queue, kVectors, kElements, 0, NormalizeParams(problem, plan.samples, sums));
+  plan.share(cut(problem.b, problem.d));
+  return plan.launch(queue, kVectors, kElements, 0, NormalizeParams(problem, plan.samples));
 }
 
 }  // namespace cuda

@@ -100,8 +100,7 @@ class _Attention(_library.Function):
     def forward(ctx, *args):
         *tensors, causal, scale, tangent_grad, backend, call = args
         if call is None:
-            with _library.outer_levels():
-                out, t_out, lse, mu = attention_jvp.below(*args[:-1])
+            out, t_out, lse, mu = attention_jvp.inside(*args[:-1])
         else:
             out, t_out, lse, mu = call.run(tensors)
         ctx.set_materialize_grads(False)
@@ -241,8 +240,7 @@ class _AttentionBackward(_library.Function):
     def forward(ctx, *args):
         dout, dt_out, *tensors = args[:10]
         causal, scale, wanted, _ = args[14:]
-        with _library.outer_levels():
-            gradients = attention_jvp_backward.below(*args)
+        gradients = attention_jvp_backward.inside(*args)
         ctx.save_for_backward(dout, dt_out, *tensors)
         ctx.options = causal, scale, wanted
         return tuple(gradients)

@@ -20,6 +20,9 @@ class Tile:
         return self.elements // columns, columns
 
 
+# Of a program, where there is a thread for each: an operation on a number waits for nothing else.
+SAMPLES = 128
+
 ANY = 2**63
 # Samples of a few elements: their addresses take more registers than they do.
 TINY = Tile(16, elements=512, warps=4)

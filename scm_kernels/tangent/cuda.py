@@ -1,9 +1,11 @@
 """The sCM tangent on NVIDIA's GPUs by the CUDA C++ kernels of csrc/cuda."""
 
+import torch
 from torch import Tensor
 
 from scm_kernels import _cuda, _native
-from scm_kernels.tangent.problem import Apply, Norm, Normalize, refuses_types
+from scm_kernels.tangent import addresses
+from scm_kernels.tangent.problem import Apply, Gradient, Loss, Normalize, Problem, refuses_types
 
 
 def unavailable() -> str | None:
@@ -11,56 +13,45 @@ def unavailable() -> str | None:
     return _cuda.unavailable()
 
 
-def refuses(problem: Norm | Apply | Normalize) -> str | None:
-    """Tensors elsewhere, float64, and scalars that are not float64."""
+def refuses(problem: Problem) -> str | None:
+    """Tensors elsewhere, and float64."""
     return _cuda.refuses(problem.f) or refuses_types(problem)
 
 
-def norm(problem: Norm) -> None:
-    """squares = sum of g^2; a large sample in parts."""
-    p, arguments = problem, _arguments(problem)
-    sums = _sums(p, arguments)
-    _cuda.launch(
-        "cuda_tangent_norm",
-        (*_inputs(p), p.squares, sums),
-        *arguments,
-        p.squares.data_ptr(),
-        sums.data_ptr(),
-    )
+def loss(problem: Loss) -> None:
+    """losses, and what their gradient takes; a large sample in parts."""
+    p, sums = problem, _sums(problem)
+    numbers = p.t, p.warmup, p.log_weight, p.losses, p.coefficients, p.distances, p.weights
+    _launch("loss", p, (*numbers, sums), *addresses.loss(p), sums.data_ptr())
+
+
+def gradient(problem: Gradient) -> None:
+    """The gradient in F and in log_weight."""
+    p, scaled = problem, torch.empty_like(problem.coefficients)
+    numbers = p.coefficients, p.distances, p.weights, p.log_weight, p.dlosses, p.dlog_weight
+    _launch("gradient", p, (*numbers, scaled, p.out), *addresses.gradient(p, scaled), 0)
 
 
 def apply(problem: Apply) -> None:
     """out = g, or zeros in a row of zero coefficients."""
     p = problem
-    _cuda.launch("cuda_tangent_apply", (*_inputs(p), p.out), *_arguments(p), p.out.data_ptr())
+    _launch("apply", p, (p.coefficients, p.out), *addresses.apply(p), 0)
 
 
 def normalize(problem: Normalize) -> None:
     """out = s g; a large sample in parts."""
-    p, arguments = problem, _arguments(problem)
-    sums = _sums(p, arguments)
-    _cuda.launch(
-        "cuda_tangent_normalize",
-        (*_inputs(p), p.out, sums),
-        *arguments,
-        p.out.data_ptr(),
-        p.f.shape[1] if p.mean else 1,
-        p.c,
-        p.zero,
-        sums.data_ptr(),
-    )
+    p, sums = problem, _sums(problem)
+    coefficients = p.f.new_empty(len(p.f), 4, dtype=torch.float64)
+    numbers = p.t, p.warmup, coefficients, sums
+    arguments = addresses.normalize(p, coefficients)
+    _launch("normalize", p, (*numbers, p.out), *arguments, sums.data_ptr())
 
 
-def _inputs(p: Norm | Apply | Normalize) -> tuple[Tensor, ...]:
-    return p.f, p.v, p.x, p.j, p.coefficients
+def _launch(step: str, p: Problem, tensors: tuple[Tensor | None, ...], *arguments) -> None:
+    _cuda.launch(f"cuda_tangent_{step}", (p.f, p.v, p.x, p.j, *tensors), *arguments)
 
 
-def _arguments(p: Norm | Apply | Normalize) -> tuple:
-    """What all functions begin with: sizes, type, inputs."""
-    inputs = [(x.data_ptr(), x.stride(0)) for x in (p.f, p.v, p.x, p.j)]
-    return *p.f.shape, _native.TYPES[p.f.dtype], inputs, p.coefficients.data_ptr()
-
-
-def _sums(p: Norm | Normalize, arguments: tuple) -> Tensor:
+def _sums(p: Loss | Normalize) -> Tensor:
     """Room for the sums of the parts of samples; empty where samples are not cut."""
-    return p.coefficients.new_empty(_native.module().cuda_tangent_sums(*arguments))
+    room = _native.module().cuda_tangent_sums(*p.f.shape)
+    return p.f.new_empty(room, dtype=torch.float64)

@@ -1,20 +1,24 @@
-"""The four ops behind `op.py`: schema, kernel, fake, autograd and vmap.
+"""The ops behind `op.py`: schema, kernel, fake, autograd and vmap.
 
-    tangent_norm      sum of g^2 a sample, a constant
-    tangent_apply     g, linear in the coefficients; F, V, X and J are constants
-    tangent_normalize s g, the two at once, a constant
-    tangent_distance  q = ||F - F^- - g||^2 with a known value; its gradient is `tangent_apply`
+    tangent_loss       the loss of each sample, and what its gradient takes
+    tangent_gradient   that gradient, in F and in w, a constant
+    tangent_normalize  s g, a constant
+    tangent_distance   q = ||F - F^- - G||^2 with a known value; its gradient is `tangent_apply`
+    tangent_apply      G, linear in the coefficients; F, V, X and J are constants
 
-F, V, X, J are [B, D], the coefficients [B, 4]; symbols and derivation in `reference.py`.
+The last two are for derivatives beyond the first, and for those of w in forward mode. F, V, X, J
+are [B, D], the coefficients of G [B, 4]; symbols and derivation in `reference.py`.
 """
 
 import torch
 from torch import Tensor
 
-from scm_kernels import _backends, _library
-from scm_kernels.tangent.problem import Apply, Norm, Normalize
+from scm_kernels import _backends, _checks, _library, _plans
+from scm_kernels.tangent.problem import Apply, Gradient, Loss, Normalize
 
-_INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j, Tensor coefficients"
+_INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j"
+_TIMES = "Tensor t, Tensor? warmup"
+_OPTIONS = "float r, float sigma_data, float c, str preset, bool zero, str backend"
 _INSTEAD = (
     "normalized_tangent is a constant, and consistency_loss has derivatives in reverse mode alone, "
     "in output and log_weight."
@@ -30,36 +34,175 @@ def _vmap(op):
     """The batching rule that all ops share: a vmapped dimension is folded into B."""
 
     def rule(info, in_dims, *args):
-        size = info.batch_size
-        tensors = [
-            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(args, in_dims, strict=True)
-            if isinstance(x, Tensor)  # they come first
-        ]
-        out = op(*(x.flatten(0, 1) for x in tensors), *args[len(tensors) :])
-        return out.unflatten(0, (size, tensors[0].shape[1])), 0
+        def batch_first(x, dim):
+            if not isinstance(x, Tensor):
+                return x
+            return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        batched = list(map(batch_first, args, in_dims))
+        out = op(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in batched))
+        sizes = batched[0].shape[:2]
+        if isinstance(out, Tensor):
+            return out.unflatten(0, sizes), 0
+        return tuple(x.unflatten(0, sizes) for x in out), (0,) * len(out)
 
     return rule
 
 
-# --- tangent_norm ---------------------------------------------------------------------------------
+def _constant(name):
+    """The autograd of an op whose result is a constant."""
+
+    def autograd(*args):
+        _library.refuse_duals(name, _INSTEAD, (x for x in args if isinstance(x, Tensor)))
+        return globals()[name].below(*args)
+
+    return autograd
 
 
-def _fake_norm(f, v, x, j, coefficients, backend):
-    return coefficients.new_empty(coefficients.shape[0])
+# --- tangent_loss ---------------------------------------------------------------------------------
 
 
-def _norm(f, v, x, j, coefficients, backend):
-    squares = coefficients.new_empty(coefficients.shape[0])
+def _fake_loss(f, v, x, j, t, warmup, log_weight, *options):
+    batch, wide = f.shape[0], _checks.wide_dtype(f)
+    losses = f.new_empty(batch, dtype=torch.promote_types(f.dtype, torch.float32))
+    return losses, *(f.new_empty(shape, dtype=wide) for shape in ((batch, 4), (batch,), (batch,)))
+
+
+def _loss(f, v, x, j, *numbers_and_options):
+    *numbers_and_options, backend = numbers_and_options
+    outputs = _fake_loss(f, v, x, j, *numbers_and_options)
+    t, warmup, log_weight, r, *options = numbers_and_options
     if f.numel() > 0:
-        problem = Norm(*map(_rows, (f, v, x, j)), coefficients.contiguous(), squares)
-        _backends.run("tangent", "norm", problem, backend)
-    return squares
+        numbers = t, warmup, log_weight, _plans.Number(r)
+        problem = Loss(*map(_rows, (f, v, x, j)), *numbers, *options, *outputs)
+        _backends.run("tangent", "loss", problem, backend)
+    return outputs
 
 
-def _autograd_norm(*args):
-    _library.refuse_duals("tangent_norm", _INSTEAD, args[:5])
-    return tangent_norm.below(*args)
+class _Loss(_library.Function):
+    """The losses, with gradients in f and in log_weight; the other outputs are constants."""
+
+    @staticmethod
+    def forward(ctx, f, v, x, j, t, warmup, log_weight, *options):
+        losses, *rest = tangent_loss.inside(f, v, x, j, t, warmup, log_weight, *options)
+        ctx.save_for_backward(f, v, x, j, *rest, log_weight)
+        ctx.mark_non_differentiable(*rest)
+        ctx.backend = options[-1]
+        return losses, *rest
+
+    @staticmethod
+    def backward(ctx, dlosses, *_):
+        *given, log_weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative may follow
+            df, dw = _differentiable_gradient(*given, log_weight, dlosses, ctx.backend)
+        else:
+            df, dw = tangent_gradient(*given, log_weight, dlosses, ctx.backend)
+        dw = None if log_weight is None else dw
+        return df, *(None,) * 5, dw, *(None,) * 6
+
+
+def _differentiable_gradient(
+    f, v, x, j, coefficients, distances, weights, log_weight, dlosses, backend
+):
+    """`tangent_gradient` with derivatives of its own, in f, in log_weight and in dlosses."""
+    rates = weights if log_weight is None else weights * log_weight.exp()
+    df = _pull(f, v, x, j, coefficients, dlosses * rates, backend)
+    if log_weight is None:
+        return df, None
+    q = tangent_distance(f, v, x, j, coefficients, distances, backend)
+    dw = (dlosses * (rates * q - 1)).masked_fill(weights == 0, 0.0)
+    return df, dw.to(log_weight.dtype)
+
+
+def _autograd_loss(*args):
+    _library.refuse_duals("tangent_loss", _INSTEAD, args[:7])
+    if _library.differentiable((args[0], args[6])):
+        return _library.apply(_Loss, *args)
+    return tangent_loss.below(*args)
+
+
+# --- tangent_gradient -----------------------------------------------------------------------------
+
+
+def _fake_gradient(f, v, x, j, coefficients, distances, weights, log_weight, dlosses, backend):
+    dtype = dlosses.dtype if log_weight is None else log_weight.dtype
+    return f.new_empty(f.shape), f.new_empty(f.shape[0], dtype=dtype)
+
+
+def _gradient(f, v, x, j, coefficients, distances, weights, log_weight, dlosses, backend):
+    numbers = coefficients.contiguous(), distances.contiguous(), weights.contiguous()
+    numbers = *numbers, log_weight, dlosses
+    outputs = _fake_gradient(f, v, x, j, *numbers, backend)
+    if f.numel() > 0:
+        problem = Gradient(*map(_rows, (f, v, x, j)), *numbers, *outputs)
+        _backends.run("tangent", "gradient", problem, backend)
+    return outputs
+
+
+# --- tangent_normalize ----------------------------------------------------------------------------
+
+
+def _fake_normalize(f, *rest):
+    return f.new_empty(f.shape)
+
+
+def _normalize(f, v, x, j, t, warmup, r, *options_and_backend):
+    *options, backend = options_and_backend
+    out = f.new_empty(f.shape)
+    if f.numel() > 0:
+        numbers = t, warmup, _plans.Number(r)
+        problem = Normalize(*map(_rows, (f, v, x, j)), *numbers, *options, out)
+        _backends.run("tangent", "normalize", problem, backend)
+    return out
+
+
+# --- tangent_distance -----------------------------------------------------------------------------
+
+
+def _fake_distance(f, v, x, j, coefficients, distances, backend):
+    return torch.empty_like(distances)
+
+
+def _distance(f, v, x, j, coefficients, distances, backend):
+    return distances.clone()
+
+
+class _Distance(_library.Function):
+    """q = ||F - F^- - G||^2, whose value, `distances`, is known. Gradients reach f alone."""
+
+    @staticmethod
+    def forward(ctx, f, v, x, j, coefficients, distances, backend):
+        ctx.save_for_backward(f, v, x, j, coefficients)
+        ctx.backend = backend
+        return tangent_distance.inside(f, v, x, j, coefficients, distances, backend)
+
+    @staticmethod
+    def backward(ctx, dq):
+        return _pull(*ctx.saved_tensors, dq, ctx.backend), *(None,) * 6
+
+
+def _pull(f, v, x, j, coefficients, dq, backend):
+    """dq [B] pulled back to f: 2 dq (F - F^- - G)."""
+    dq = 2 * dq.unsqueeze(1)
+    # A sample that is left out: its inputs may be NaN, and no derivative is to see that.
+    left_out = coefficients.eq(0).all(1, keepdim=True)
+    scaled = (-dq * coefficients).masked_fill(left_out, 0.0)
+    df = tangent_apply(f, v, x, j, scaled, backend)
+    if torch.is_grad_enabled():
+        # A second derivative may follow: F - F^- is zero in value only.
+        zero = (f - f.detach()).masked_fill(left_out, 0.0)
+        # In float32 at least: an infinite dq would make NaN of a float16 zero.
+        wide = torch.promote_types(f.dtype, torch.float32)
+        df = df + (dq.to(wide) * zero).to(df.dtype)
+    return df
+
+
+def _autograd_distance(*args):
+    *tensors, _backend = args
+    _library.refuse_duals("tangent_distance", _INSTEAD, tensors)
+    if _library.differentiable(tensors[:1]):
+        return _library.apply(_Distance, *args)
+    return tangent_distance.below(*args)
 
 
 # --- tangent_apply --------------------------------------------------------------------------------
@@ -84,8 +227,7 @@ class _Apply(_library.Function):
     def forward(ctx, f, v, x, j, coefficients, backend):
         ctx.save_for_backward(f, v, x, j)
         ctx.scalar_dtype = coefficients.dtype
-        with _library.outer_levels():
-            return tangent_apply.below(f, v, x, j, coefficients, backend)
+        return tangent_apply.inside(f, v, x, j, coefficients, backend)
 
     @staticmethod
     def backward(ctx, dout):
@@ -102,99 +244,41 @@ def _autograd_apply(*args):
     return tangent_apply.below(*args)
 
 
-# --- tangent_normalize ----------------------------------------------------------------------------
-
-
-def _fake_normalize(f, v, x, j, coefficients, c, mean, zero, backend):
-    return f.new_empty(f.shape)
-
-
-def _normalize(f, v, x, j, coefficients, c, mean, zero, backend):
-    out = f.new_empty(f.shape)
-    if f.numel() > 0:
-        inputs = (*map(_rows, (f, v, x, j)), coefficients.contiguous())
-        problem = Normalize(*inputs, c, mean, zero, out)
-        _backends.run("tangent", "normalize", problem, backend)
-    return out
-
-
-def _autograd_normalize(*args):
-    _library.refuse_duals("tangent_normalize", _INSTEAD, args[:5])
-    return tangent_normalize.below(*args)
-
-
-# --- tangent_distance -----------------------------------------------------------------------------
-
-
-def _fake_distance(f, v, x, j, coefficients, squares, backend):
-    return torch.empty_like(squares)
-
-
-def _distance(f, v, x, j, coefficients, squares, backend):
-    return squares.clone()
-
-
-class _Distance(_library.Function):
-    """q = ||F - F^- - g||^2, whose value, `squares`, is known. Gradients reach f alone."""
-
-    @staticmethod
-    def forward(ctx, f, v, x, j, coefficients, squares, backend):
-        ctx.save_for_backward(f, v, x, j, coefficients)
-        ctx.backend = backend
-        with _library.outer_levels():
-            return tangent_distance.below(f, v, x, j, coefficients, squares, backend)
-
-    @staticmethod
-    def backward(ctx, dq):
-        f, v, x, j, coefficients = ctx.saved_tensors
-        dq = 2 * dq.unsqueeze(1)
-        # A sample that is left out: its inputs may be NaN, and no derivative is to see that.
-        left_out = coefficients.eq(0).all(1, keepdim=True)
-        scaled = (-dq * coefficients).masked_fill(left_out, 0.0)
-        df = tangent_apply(f, v, x, j, scaled, ctx.backend)
-        if torch.is_grad_enabled():
-            # A second derivative may follow: F - F^- is zero in value only.
-            zero = (f - f.detach()).masked_fill(left_out, 0.0)
-            # In float32 at least: an infinite dq would make NaN of a float16 zero.
-            wide = torch.promote_types(f.dtype, torch.float32)
-            df = df + (dq.to(wide) * zero).to(df.dtype)
-        return df, *(None,) * 6
-
-
-def _autograd_distance(*args):
-    *tensors, _backend = args
-    _library.refuse_duals("tangent_distance", _INSTEAD, tensors)
-    if _library.differentiable(tensors[:1]):
-        return _library.apply(_Distance, *args)
-    return tangent_distance.below(*args)
-
-
 _ops = torch.ops.scm_kernels
-tangent_norm = _library.define(
-    f"tangent_norm({_INPUTS}, str backend) -> Tensor",
-    kernel=_norm,
-    fake=_fake_norm,
-    autograd=_autograd_norm,
-    vmap=_vmap(lambda *args: _ops.tangent_norm(*args)),
+tangent_loss = _library.define(
+    f"tangent_loss({_INPUTS}, {_TIMES}, Tensor? log_weight, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_loss,
+    fake=_fake_loss,
+    autograd=_autograd_loss,
+    vmap=_vmap(lambda *args: _ops.tangent_loss(*args)),
 )
-tangent_apply = _library.define(
-    f"tangent_apply({_INPUTS}, str backend) -> Tensor",
-    kernel=_apply,
-    fake=_fake_apply,
-    autograd=_autograd_apply,
-    vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
+tangent_gradient = _library.define(
+    f"tangent_gradient({_INPUTS}, Tensor coefficients, Tensor distances, Tensor weights, "
+    "Tensor? log_weight, Tensor dlosses, str backend) -> (Tensor, Tensor)",
+    kernel=_gradient,
+    fake=_fake_gradient,
+    autograd=_constant("tangent_gradient"),
+    vmap=_vmap(lambda *args: _ops.tangent_gradient(*args)),
 )
 tangent_normalize = _library.define(
-    f"tangent_normalize({_INPUTS}, float c, bool mean, bool zero, str backend) -> Tensor",
+    f"tangent_normalize({_INPUTS}, {_TIMES}, {_OPTIONS}) -> Tensor",
     kernel=_normalize,
     fake=_fake_normalize,
-    autograd=_autograd_normalize,
+    autograd=_constant("tangent_normalize"),
     vmap=_vmap(lambda *args: _ops.tangent_normalize(*args)),
 )
 tangent_distance = _library.define(
-    f"tangent_distance({_INPUTS}, Tensor squares, str backend) -> Tensor",
+    f"tangent_distance({_INPUTS}, Tensor coefficients, Tensor distances, str backend) -> Tensor",
     kernel=_distance,
     fake=_fake_distance,
     autograd=_autograd_distance,
     vmap=_vmap(lambda *args: _ops.tangent_distance(*args)),
+)
+tangent_apply = _library.define(
+    f"tangent_apply({_INPUTS}, Tensor coefficients, str backend) -> Tensor",
+    kernel=_apply,
+    fake=_fake_apply,
+    autograd=_autograd_apply,
+    vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
 )

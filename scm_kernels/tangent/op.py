@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from scm_kernels import _backends, _checks
-from scm_kernels.tangent import library, reference
-from scm_kernels.tangent.presets import PRESETS, Preset
+from scm_kernels.tangent import library
+from scm_kernels.tangent.presets import PRESETS
 
 
 def normalized_tangent(
@@ -68,18 +69,16 @@ def normalized_tangent(
 
     Source: Lu & Song, arXiv 2410.11081, sections 4.2, 5.1, Algorithm 1; "rcm": arXiv 2510.08431.
     """
-    chosen = _preset(preset)
+    _one_of("preset", preset, PRESETS)
     if preset == "meanflow":
         others = ", ".join(repr(name) for name in PRESETS if name != preset)
         raise ValueError(
             f"preset: got 'meanflow', which has no normalised tangent, expected one of {others}"
         )
     inputs, order = _rows(output, dxdt, x_t, jvp)
-    options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
-    with torch.no_grad():
-        coefficients = _coefficients(options)
+    options = _options(preset, output, t, warmup, sigma_data, c, nan_policy)
     tangent = library.tangent_normalize(
-        *inputs, coefficients, options.c, chosen.mean, options.zero, options.backend
+        *inputs, options.t, options.warmup, *options.numbers, options.backend
     )
     return _from_rows(tangent, output.shape, order).to(output.dtype)
 
@@ -154,67 +153,41 @@ def consistency_loss(
 
     Source: Lu & Song, arXiv 2410.11081, Eq. 8 and Algorithm 1.
     """
-    chosen = _preset(preset)
+    _one_of("preset", preset, PRESETS)
     # meanflow has no term in x_t: dxdt in its place is read from cache, times zero.
     inputs, _ = _rows(output, dxdt, dxdt if preset == "meanflow" else x_t, jvp)
-    options = _options(chosen, output, t, warmup, sigma_data, c, nan_policy)
+    options = _options(preset, output, t, warmup, sigma_data, c, nan_policy)
     _check_loss(preset, output, log_weight, warmup, reduction)
-    coefficients, squares, weight = _scalars(inputs, options)
-    loss = weight * library.tangent_distance(*inputs, coefficients, squares, options.backend)
-    if log_weight is not None:
-        w = log_weight.to(weight.dtype)
-        if options.zero:
-            w = w.masked_fill(coefficients.eq(0).all(1), 0.0)
-        loss = loss * w.exp() - w
-    loss = loss.mean() if reduction == "mean" else loss
-    return loss.to(torch.promote_types(output.dtype, torch.float32))
+    w = None if log_weight is None else _number(log_weight)
+    loss = _losses(inputs, options, w)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _losses(inputs: tuple[Tensor, ...], options: "_Options", w: Tensor | None) -> Tensor:
+    """The loss of each sample."""
+    times = options.t, options.warmup
+    if forward_ad._current_level < 0:
+        arguments = *inputs, *times, w, *options.numbers, options.backend
+        return library.tangent_loss(*arguments)[0]
+    # Where w may have a tangent: all that it takes part in by PyTorch.
+    loss, *rest = library.tangent_loss(*inputs, *times, None, *options.numbers, options.backend)
+    coefficients, distances, weights = rest
+    q = library.tangent_distance(*inputs, coefficients, distances, options.backend)
+    w = torch.zeros_like(weights) if w is None else w.masked_fill(weights == 0, 0.0)
+    return (w.exp() * (weights * q) - w).to(loss.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
     """What a call asks for, checked and with the preset's own values filled in."""
 
-    preset: Preset
-    t: Tensor  # in float64, where the device has it
-    warmup: float | Tensor
-    sigma_data: float
-    c: float
-    zero: bool
+    t: Tensor  # [B], float32 or float64
+    warmup: Tensor | None  # the same
+    numbers: tuple  # r (for all samples, where there is no warmup), sigma_data, c, preset, zero
     backend: str
 
 
-@torch.no_grad()
-def _scalars(inputs: tuple[Tensor, ...], options: _Options) -> tuple[Tensor, Tensor, Tensor]:
-    """s (a, b, k, d) [B, 4], (s n)^2 [B] and p [B]; zeros for a sample that is left out."""
-    preset, t, c, size = options.preset, options.t, options.c, inputs[0].shape[1]
-    coefficients = _coefficients(options)
-    squares = library.tangent_norm(*inputs, coefficients, options.backend)
-    lost = reference.lost(squares)
-    # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
-    squares = squares.masked_fill(lost, math.nan)
-    weight = preset.weight(t, squares, size, options.sigma_data, c)
-    if preset.normalised:
-        scale = reference.scale(squares, size if preset.mean else 1, c)
-        coefficients, squares = scale.unsqueeze(1) * coefficients, scale * scale * squares
-    if options.zero:
-        coefficients = coefficients.masked_fill(lost.unsqueeze(1), 0.0)
-        squares, weight = squares.masked_fill(lost, 0.0), weight.masked_fill(lost, 0.0)
-    return coefficients, squares, weight
-
-
-def _coefficients(options: _Options) -> Tensor:
-    """a, b, k, d [B, 4]."""
-    t, r = options.t, options.warmup
-    r = r.to(t.dtype) if isinstance(r, Tensor) else r
-    return torch.stack(options.preset.scalars(t, r, options.sigma_data), dim=1)
-
-
 # --- arguments ------------------------------------------------------------------------------------
-
-
-def _preset(name: object) -> Preset:
-    _one_of("preset", name, PRESETS)
-    return PRESETS[name]
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:
@@ -244,8 +217,10 @@ def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int] | None]
     order, inputs = _memory_order(output), tensors.values()
     if order is not None:
         inputs = (x.permute(0, *order) for x in inputs)
-    shape = (output.shape[0], math.prod(output.shape[1:]))
-    return tuple(x.reshape(shape) for x in inputs), order
+    if output.ndim != 2:
+        shape = (output.shape[0], math.prod(output.shape[1:]))
+        inputs = (x.reshape(shape) for x in inputs)
+    return tuple(inputs), order
 
 
 def _from_rows(x: Tensor, shape: torch.Size, order: list[int] | None) -> Tensor:
@@ -269,8 +244,9 @@ def _memory_order(x: Tensor) -> list[int] | None:
     return order
 
 
-def _options(preset, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
+def _options(name, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
     _check_scalar("t", t, output)
+    r, wide = 1.0, _checks.wide_dtype(t)
     if isinstance(warmup, Tensor):
         _checks.tensor("warmup", warmup)
         if warmup.ndim > 0:
@@ -280,15 +256,28 @@ def _options(preset, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
                 f"warmup: got {_checks.describe(warmup)}, expected output's device, "
                 f"{output.device}, or the CPU"
             )
+        if warmup.ndim == 0:
+            # A product, since a copy from the CPU would wait for the device.
+            same = warmup.device == t.device
+            warmup = warmup.expand_as(t) if same else warmup * torch.ones_like(t, dtype=wide)
+        warmup = _number(warmup)
     else:
-        warmup = _checks.number("warmup", warmup, low=0.0, high=1.0)
+        r, warmup = _checks.number("warmup", warmup, low=0.0, high=1.0), None
+        if torch.compiler.is_compiling():  # no graph for each value of a number that moves
+            r, warmup = 1.0, r * torch.ones_like(t, dtype=wide)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
+    preset = PRESETS[name]
     c = _checks.number("c", preset.c if c is None else c, low=0.0)
     nan_policy = preset.nan_policy if nan_policy is None else nan_policy
     _one_of("nan_policy", nan_policy, ("propagate", "zero"))
-    zero = nan_policy == "zero"
-    t = t.to(_checks.wide_dtype(t))
-    return _Options(preset, t, warmup, sigma_data, c, zero, _backends.requested())
+    backend = _backends.requested()
+    numbers = r, sigma_data, c, name, nan_policy == "zero"
+    return _Options(_number(t), warmup, numbers, backend)
+
+
+def _number(x: Tensor) -> Tensor:
+    """In a dtype that the ops take."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _check_loss(preset, output, log_weight, warmup, reduction) -> None:

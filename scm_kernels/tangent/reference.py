@@ -15,27 +15,30 @@ In the paper (arXiv 2410.11081, Algorithm 1), where g = cos t df/dt at r = 1:
 F - F^- is zero in value but not in derivative. So the distance q = ||F - F^- - G||^2 has the value
 ||G||^2, which needs the norm of g alone, and the gradient of a regression to a constant:
 
-    n^2 = sum g^2                          step "norm":  one read of F, V, X, J
-    q   = (s n)^2                          numbers a sample
-    dF  = -2 dq s g                        step "apply": one more read, scalars times -2 dq s
-    dw  = exp(w) p q - 1                   numbers a sample, by PyTorch's own autograd
-    G   = s g                              step "normalize": norm and apply at once
+    n^2 = sum g^2                          step "loss": one read of F, V, X, J,
+    q   = (s n)^2, exp(w) p q - w          and numbers a sample
+    dF  = -2 dL exp(w) p s g               step "gradient": one more read
+    dw  = dL (exp(w) p q - 1)              numbers a sample
+    G   = s g                              step "normalize"
 
-dF is 2 dq (F - F^- - G) once more, and G and s and p are constants; so a second derivative is that
-of 2 dq (F - F^-) and that of -2 dq G in dq. `library.py` adds the first and differentiates "apply",
-which is linear in its scalars, for the second.
+With dq = dL exp(w) p, dF is 2 dq (F - F^- - G) once more, and G and s and p are constants; so a
+second derivative is that of 2 dq (F - F^-) and that of -2 dq G in dq. `library.py` adds the first
+and differentiates step "apply", any a F + b V + k X + d J, for the second: it is linear in its
+scalars.
 
 Half inputs are combined in float32, float64 ones in float64. Squares are summed in float64: the
 square of no float32 overflows there, and the order of the sum does not show.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from scm_kernels.tangent.problem import Apply, Norm, Normalize
+from scm_kernels import _checks
+from scm_kernels.tangent.presets import PRESETS
+from scm_kernels.tangent.problem import Apply, Gradient, Loss, Normalize, Problem
 
 
 def unavailable() -> str | None:
@@ -43,63 +46,75 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(problem: Norm | Apply | Normalize) -> str | None:
+def refuses(problem: Problem) -> str | None:
     """It takes every problem."""
     return None
 
 
-def norm(problem: Norm) -> None:
-    """squares = sum of g^2."""
-    squares = problem.squares.zero_()
-    for rows, columns in _blocks(problem.f):
-        g = _combine(problem, rows, columns).to(squares.dtype)
-        squares[rows] += g.square_().sum(1)
+def loss(problem: Loss) -> None:
+    """losses, and what their gradient takes."""
+    p, preset = problem, PRESETS[problem.preset]
+    scaled, q, squares, left_out = _scaled(p)
+    weights = preset.weight(p.t.to(squares.dtype), squares, p.f.shape[1], p.sigma_data, p.c)
+    w = torch.zeros_like(weights) if p.log_weight is None else p.log_weight.to(weights.dtype)
+    p.coefficients.copy_(scaled)
+    p.distances.copy_(q)
+    p.weights.copy_(weights.masked_fill_(left_out, 0.0))
+    p.losses.copy_((w.exp() * (p.weights * q) - w).masked_fill_(left_out, 0.0))
+
+
+def gradient(problem: Gradient) -> None:
+    """The gradient in F and in log_weight."""
+    p, rates, dlosses = problem, problem.weights, problem.dlosses.to(problem.weights.dtype)
+    if p.log_weight is not None:
+        rates = rates * p.log_weight.to(rates.dtype).exp()
+    left_out = p.weights.eq(0)
+    scaled = (-2 * dlosses * rates).unsqueeze(1) * p.coefficients
+    scaled.masked_fill_(left_out.unsqueeze(1), 0.0)
+    apply(Apply(p.f, p.v, p.x, p.j, scaled, p.out))
+    slopes = dlosses * (rates * p.distances - 1)
+    p.dlog_weight.copy_(slopes.masked_fill_(left_out, 0.0))
 
 
 def apply(problem: Apply) -> None:
     """out = a F + b V + k X + d J; zeros in a row of zero coefficients."""
-    left_out = problem.coefficients.eq(0).all(1, keepdim=True)
-    for rows, columns in _blocks(problem.f):
-        g = _combine(problem, rows, columns)
-        problem.out[rows, columns] = g.masked_fill_(left_out[rows], 0.0)
+    p, left_out = problem, problem.coefficients.eq(0).all(1, keepdim=True)
+    for rows, columns in _blocks(p.f):
+        g = _combine(p, p.coefficients, rows, columns)
+        p.out[rows, columns] = g.masked_fill_(left_out[rows], 0.0)
 
 
 def normalize(problem: Normalize) -> None:
-    """out = s g by the other two steps."""
-    normalize_in_two(problem, norm, apply)
-
-
-def normalize_in_two(
-    problem: Normalize, norm: Callable[[Norm], None], apply: Callable[[Apply], None]
-) -> None:
-    """`normalize` by a backend's other two steps."""
+    """out = s g."""
     p = problem
-    inputs, squares = (p.f, p.v, p.x, p.j), p.coefficients.new_empty(len(p.coefficients))
-    norm(Norm(*inputs, p.coefficients, squares))
-    no_number = lost(squares)
-    s = scale(squares.masked_fill_(no_number, math.nan), p.f.shape[1] if p.mean else 1, p.c)
-    coefficients = s.unsqueeze(1) * p.coefficients
-    if p.zero:
-        coefficients.masked_fill_(no_number.unsqueeze(1), 0.0)
-    apply(Apply(*inputs, coefficients, p.out))
+    scaled, *_ = _scaled(p)
+    apply(Apply(p.f, p.v, p.x, p.j, scaled, p.out))
 
 
-def lost(squares: Tensor) -> Tensor:
-    """Where a sum of squares is infinite or NaN; `isfinite` launches twice as many kernels."""
-    return ~(squares < math.inf)
+def _scaled(p: Loss | Normalize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s (a, b, k, d), q, ||g||^2, and whether the sample is left out."""
+    preset, (batch, size), dtype = PRESETS[p.preset], p.f.shape, _checks.wide_dtype(p.f)
+    r = p.r if p.warmup is None else p.warmup.to(dtype)
+    coefficients = torch.stack(preset.scalars(p.t.to(dtype), r, p.sigma_data), dim=1)
+    squares = coefficients.new_zeros(batch)
+    for rows, columns in _blocks(p.f):
+        squares[rows] += _combine(p, coefficients, rows, columns).to(dtype).square_().sum(1)
+    lost = ~squares.isfinite()
+    # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
+    squares.masked_fill_(lost, math.nan)
+    s = torch.ones_like(squares)
+    if preset.normalised:
+        s = 1 / ((squares / size if preset.mean else squares).sqrt() + p.c)
+    left_out = lost if p.zero else torch.zeros_like(lost)
+    scaled = (s.unsqueeze(1) * coefficients).masked_fill_(left_out.unsqueeze(1), 0.0)
+    return scaled, (s * s * squares).masked_fill_(left_out, 0.0), squares, left_out
 
 
-def scale(squares: Tensor, count: int, c: float) -> Tensor:
-    """s = 1 / (||g|| + c), or with ||g|| / sqrt(count) for ||g||."""
-    mean = squares if count == 1 else squares / count
-    return 1 / (mean.sqrt() + c)
-
-
-def _combine(problem: Norm | Apply, rows: slice, columns: slice) -> Tensor:
+def _combine(p: Problem, coefficients: Tensor, rows: slice, columns: slice) -> Tensor:
     """g of a block, in float32 or float64."""
-    inputs = (problem.f, problem.v, problem.x, problem.j)
-    wide = torch.float64 if problem.f.dtype == torch.float64 else torch.float32
-    scalars = problem.coefficients[rows].to(wide).split(1, dim=1)
+    inputs = (p.f, p.v, p.x, p.j)
+    wide = torch.float64 if p.f.dtype == torch.float64 else torch.float32
+    scalars = coefficients[rows].to(wide).split(1, dim=1)
     g = scalars[0] * inputs[0][rows, columns]
     for scalar, x in zip(scalars[1:], inputs[1:], strict=True):
         g.addcmul_(scalar, x[rows, columns])

@@ -14,6 +14,135 @@ import triton.language as tl
 
 # No kernel for each value of these.
 _RUNTIME = ["f_row", "v_row", "x_row", "j_row", "B", "D", "parts", "count", "c", "lost"]
+_RUNTIME_NUMBERS = ["t_step", "r_step", "w_step", "dl_step", "B", "r", "sd", "size", "c"]
+
+
+# --- numbers of a sample, a thread each: presets.py, in float64 --------------------------------
+
+
+@triton.jit
+def _number(x, samples, step, live):
+    """x [SAMPLES] in float64."""
+    return tl.load(x + samples * step, mask=live, other=0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_NUMBERS)
+def tangent_coefficients_kernel(
+    t,
+    t_step: tl.int64,
+    warmup,
+    r_step: tl.int64,
+    coefficients,
+    B: tl.int64,
+    r: tl.float64,
+    sd: tl.float64,
+    PRESET: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """coefficients [B, 4] = a, b, k, d."""
+    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    live = samples < B
+    time, to = _number(t, samples, t_step, live), coefficients + samples * 4
+    zero, one = tl.zeros([SAMPLES], tl.float64), tl.full([SAMPLES], 1.0, tl.float64)
+    if PRESET == "meanflow":
+        a, b, k, d = -one, one, zero, -time
+    else:
+        rate = zero + r if warmup is None else _number(warmup, samples, r_step, live)
+        cos, sin = tl.cos(time), tl.sin(time)
+        front, d = cos * cos, -sd * rate
+        if PRESET == "rcm":
+            # cos^2 + (1 - r^2) sin^2 is 1 - r^2 sin^2 without its cancellation at r = 1, t = pi/2.
+            front = cos * tl.sqrt(front + (1.0 - rate * rate) * sin * sin)
+            d = zero - sd
+        a, b, k = -sd * front, front, -rate * cos * sin
+    tl.store(to, a, mask=live)
+    tl.store(to + 1, b, mask=live)
+    tl.store(to + 2, k, mask=live)
+    tl.store(to + 3, d, mask=live)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_NUMBERS)
+def tangent_loss_kernel(
+    coefficients,
+    distances,
+    weights,
+    losses,
+    t,
+    t_step: tl.int64,
+    log_weight,
+    w_step: tl.int64,
+    B: tl.int64,
+    size: tl.float64,
+    sd: tl.float64,
+    c: tl.float64,
+    PRESET: tl.constexpr,
+    ZERO: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """From sums of squares, in `distances`: s times the coefficients, q, p, exp(w) p q - w."""
+    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    live = samples < B
+    squares = tl.load(distances + samples, mask=live, other=0.0)
+    finite = squares < float("inf")
+    # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
+    squares = tl.where(finite, squares, float("nan"))
+    zero, one = tl.zeros([SAMPLES], tl.float64), tl.full([SAMPLES], 1.0, tl.float64)
+    s, p = one, one / size
+    if PRESET == "meanflow":
+        p = 1.0 / (squares + c)
+    else:
+        s = 1.0 / (tl.sqrt(squares / size if PRESET == "rms" else squares) + c)
+    if PRESET == "rcm":
+        p = 100.0 * one
+    if PRESET == "sana":
+        time = _number(t, samples, t_step, live)
+        p = tl.cos(time) / (size * sd * tl.sin(time))
+    q = s * s * squares
+    w = zero if log_weight is None else _number(log_weight, samples, w_step, live)
+    loss = tl.exp(w) * (p * q) - w
+    for i in tl.static_range(4):
+        at = coefficients + samples * 4 + i
+        scaled = s * tl.load(at, mask=live, other=0.0)
+        tl.store(at, tl.where(finite, scaled, 0.0) if ZERO else scaled, mask=live)
+    if ZERO:
+        q, p = tl.where(finite, q, 0.0), tl.where(finite, p, 0.0)
+        loss = tl.where(finite, loss, 0.0)
+    tl.store(distances + samples, q, mask=live)
+    tl.store(weights + samples, p, mask=live)
+    tl.store(losses + samples, loss.to(losses.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_NUMBERS)
+def tangent_gradient_kernel(
+    coefficients,
+    distances,
+    weights,
+    log_weight,
+    w_step: tl.int64,
+    dlosses,
+    dl_step: tl.int64,
+    scaled,
+    dlog_weight,
+    B: tl.int64,
+    SAMPLES: tl.constexpr,
+):
+    """scaled = -2 dL exp(w) p times the coefficients, and dw; zeros where p is 0."""
+    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    live = samples < B
+    rates, dloss = tl.load(weights + samples, mask=live), _number(dlosses, samples, dl_step, live)
+    taken = rates != 0.0
+    if log_weight is not None:
+        rates *= tl.exp(_number(log_weight, samples, w_step, live))
+    slope = dloss * (rates * tl.load(distances + samples, mask=live) - 1.0)
+    slope = tl.where(taken, slope, 0.0).to(dlog_weight.dtype.element_ty)
+    tl.store(dlog_weight + samples, slope, mask=live)
+    for i in tl.static_range(4):
+        at = samples * 4 + i
+        x = -2.0 * dloss * rates * tl.load(coefficients + at, mask=live)
+        tl.store(scaled + at, tl.where(taken, x, 0.0), mask=live)
+
+
+# --- passes over the elements ------------------------------------------------------------------
 
 
 @triton.jit
