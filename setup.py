@@ -46,7 +46,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
     "avx512": AVX512,
-    "avx2": "-mavx2 -mfma",
+    "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
 # No -ffast-math: infinities and NaN mean something. -psabi: vectors are never passed between files.

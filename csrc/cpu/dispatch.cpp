@@ -2,6 +2,9 @@
 
 #include <atomic>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 // SCM_ISAS(X) is X(name) for each instruction set that the build compiled, best first.
 #define SCM_DECLARE(isa)        \
@@ -22,7 +25,9 @@ bool processor_has(const char* isa) {
   if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(isa, "avx512") == 0) return avx512;
   if (std::strcmp(isa, "avx2") == 0) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c, d;  // compilers differ in whether they know of float16
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   }
 #endif
   return std::strcmp(isa, "baseline") == 0;

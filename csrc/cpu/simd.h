@@ -19,7 +19,7 @@ namespace SCM_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -81,6 +81,61 @@ SCM_INLINE VecF exp_nonpositive(VecF x) {
   return x < lowest ? VecF{} : result;
 }
 
+// --- wider and narrower -------------------------------------------------------------------------
+
+// kLanes integers of 16 or 8 bits from memory, the low 16 bits of each lane to memory (the others
+// are 0), and the lower and the upper half of a vector as float64: GCC makes several instructions
+// of what is one, and takes bytes singly. With a mask on AVX-512, as GCC warns of those without.
+#if defined(__AVX512F__)
+SCM_INLINE VecU load_u16(const char* from) {
+  return (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(from));
+}
+SCM_INLINE VecU load_u8(const char* from) {
+  return (VecU)_mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(from));
+}
+SCM_INLINE void store_u16(char* to, VecU x) {
+  store(to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x));
+}
+SCM_INLINE VecD low_as_double(VecF x) {
+  return (VecD)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0));
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return (VecD)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+}
+#elif defined(__AVX2__)
+SCM_INLINE VecU load_u16(const char* from) {
+  return (VecU)_mm256_cvtepu16_epi32(load<__m128i>(from));
+}
+SCM_INLINE VecU load_u8(const char* from) {
+  return (VecU)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load<int64_t>(from)));
+}
+SCM_INLINE void store_u16(char* to, VecU x) {
+  const __m256i wide = (__m256i)x;
+  const __m128i high = _mm256_extracti128_si256(wide, 1);
+  store(to, _mm_packus_epi32(_mm256_castsi256_si128(wide), high));
+}
+SCM_INLINE VecD low_as_double(VecF x) {
+  return (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+}
+#else
+SCM_INLINE VecU load_u16(const char* from) {
+  return __builtin_convertvector(load<VecH>(from), VecU);
+}
+SCM_INLINE VecU load_u8(const char* from) {
+  return __builtin_convertvector(load<VecB>(from), VecU);
+}
+SCM_INLINE void store_u16(char* to, VecU x) { store(to, __builtin_convertvector(x, VecH)); }
+SCM_INLINE VecD low_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), VecD);
+}
+SCM_INLINE VecD high_as_double(VecF x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), VecD);
+}
+#endif
+
 // --- 16-bit floats as float32 and back, to nearest even, by integer arithmetic ------------------
 
 SCM_INLINE VecF from_bf16(VecU bits) { return (VecF)(bits << 16); }
@@ -120,11 +175,14 @@ SCM_INLINE VecF load_f16(const char* from) {
 SCM_INLINE void store_f16(char* to, VecF x) {
   store(to, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
-#else
-SCM_INLINE VecF load_f16(const char* from) {
-  return from_f16(__builtin_convertvector(load<VecH>(from), VecU));
+#elif defined(__F16C__)
+SCM_INLINE VecF load_f16(const char* from) { return (VecF)_mm256_cvtph_ps(load<__m128i>(from)); }
+SCM_INLINE void store_f16(char* to, VecF x) {
+  store(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
-SCM_INLINE void store_f16(char* to, VecF x) { store(to, __builtin_convertvector(to_f16(x), VecH)); }
+#else
+SCM_INLINE VecF load_f16(const char* from) { return from_f16(load_u16(from)); }
+SCM_INLINE void store_f16(char* to, VecF x) { store_u16(to, to_f16(x)); }
 #endif
 
 SCM_INLINE int64_t size_of(Type type) {
@@ -136,12 +194,11 @@ SCM_INLINE int64_t size_of(Type type) {
 SCM_INLINE VecF load_as_float(const char* from, Type type) {
   switch (type) {
     case Type::kBFloat16:
-      return from_bf16(__builtin_convertvector(load<VecH>(from), VecU));
+      return from_bf16(load_u16(from));
     case Type::kFloat16:
       return load_f16(from);
     case Type::kBool: {
-      const VecI live = __builtin_convertvector(load<VecB>(from), VecI);
-      return live != 0 ? VecF{} : broadcast(-__builtin_inff());
+      return load_u8(from) != 0 ? VecF{} : broadcast(-__builtin_inff());
     }
     default:
       return load<VecF>(from);
@@ -159,7 +216,7 @@ static inline VecF load_some_as_float(const char* from, Type type, int64_t count
 SCM_INLINE void store_from_float(char* to, Type type, VecF x) {
   switch (type) {
     case Type::kBFloat16:
-      store(to, __builtin_convertvector(to_bf16(x), VecH));
+      store_u16(to, to_bf16(x));
       break;
     case Type::kFloat16:
       store_f16(to, x);
@@ -177,32 +234,6 @@ static inline void store_some_from_float(char* to, Type type, VecF x, int64_t co
   for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * step * size, buffer + i * size, size);
 }
 
-// --- float64 ------------------------------------------------------------------------------------
-
-// The lower and the upper half of x as float64.
-#if defined(__AVX512F__)
-SCM_INLINE VecD low_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), VecD);
-}
-SCM_INLINE VecD high_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), VecD);
-}
-#elif defined(__AVX__)
-SCM_INLINE VecD low_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), VecD);
-}
-SCM_INLINE VecD high_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), VecD);
-}
-#else
-SCM_INLINE VecD low_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), VecD);
-}
-SCM_INLINE VecD high_as_double(VecF x) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), VecD);
-}
-#endif
-
 // --- transposition ------------------------------------------------------------------------------
 
 // The lower and the upper halves of a and b, their elements in turns.
@@ -214,7 +245,7 @@ SCM_INLINE VecF interleave_high(VecF a, VecF b) {
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
                                  31);
 }
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 SCM_INLINE VecF interleave_low(VecF a, VecF b) {
   return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 }
