@@ -8,7 +8,7 @@ from attention_truth import evaluate, expected
 from budget import assert_within_budget
 
 import scm_kernels
-from scm_kernels import _cuda
+from scm_kernels import _backends, _cuda
 from scm_kernels.attention import torch_backward
 
 pytestmark = [
@@ -50,12 +50,14 @@ def test_a_gpu_runs_it(backend):
 @pytest.fixture
 def served(monkeypatch):
     """The problems that PyTorch's backward takes, where it stands back for nobody."""
-    problems, real = [], torch_backward.backward
+    problems, real = [], torch_backward.plan_backward
     monkeypatch.setattr(torch_backward, "_slower", lambda problem: False)
     monkeypatch.setattr(
-        torch_backward, "backward", lambda problem: problems.append(problem) or real(problem)
+        torch_backward, "plan_backward", lambda problem: problems.append(problem) or real(problem)
     )
-    return problems
+    _backends.forget()
+    yield problems
+    _backends.forget()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,6 +8,7 @@ dq in the same order every time, but under `torch.use_deterministic_algorithms`.
 """
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -118,16 +119,19 @@ def _width(x: Tensor) -> int:
     return 16 // x.element_size()
 
 
-def backward(problem: Backward) -> None:
+def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """dq, dk, dv of those that are wanted."""
-    p = problem
-    if p.q.device.type == "cpu":
-        gradients = _on_cpu(p)
+    if problem.q.device.type == "cpu":
+        gradients = _on_cpu
     else:
-        gradients = _flash(p) if _flash_refuses(p) is None else _efficient(p)
-    for wanted, gradient in zip((p.dq, p.dk, p.dv), gradients, strict=False):
-        if wanted is not None:
-            wanted.copy_(gradient)
+        gradients = _flash if _flash_refuses(problem) is None else _efficient
+
+    def run(p: Backward) -> None:
+        for wanted, gradient in zip((p.dq, p.dk, p.dv), gradients(p), strict=False):
+            if wanted is not None:
+                wanted.copy_(gradient)
+
+    return run
 
 
 def _lse(p: Backward) -> Tensor:

@@ -129,16 +129,17 @@ def tangent_gradient_kernel(
     """scaled = -2 dL exp(w) p times the coefficients, and dw; zeros where p is 0."""
     samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     live = samples < B
-    rates, dloss = tl.load(weights + samples, mask=live), _number(dlosses, samples, dl_step, live)
+    rates = tl.load(weights + samples, mask=live, other=0.0)
+    dloss = _number(dlosses, samples, dl_step, live)
     taken = rates != 0.0
     if log_weight is not None:
         rates *= tl.exp(_number(log_weight, samples, w_step, live))
-    slope = dloss * (rates * tl.load(distances + samples, mask=live) - 1.0)
+    slope = dloss * (rates * tl.load(distances + samples, mask=live, other=0.0) - 1.0)
     slope = tl.where(taken, slope, 0.0).to(dlog_weight.dtype.element_ty)
     tl.store(dlog_weight + samples, slope, mask=live)
     for i in tl.static_range(4):
         at = samples * 4 + i
-        x = -2.0 * dloss * rates * tl.load(coefficients + at, mask=live)
+        x = -2.0 * dloss * rates * tl.load(coefficients + at, mask=live, other=0.0)
         tl.store(scaled + at, tl.where(taken, x, 0.0), mask=live)
 
 
