@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction as Function
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("scm_kernels", "DEF")
@@ -47,6 +47,14 @@ __all__ = [
     "refuse_duals",
     "without_autocast",
 ]
+
+
+class Function(_SingleLevelFunction):
+    """A function at one level of functorch's stack, which compiled autograd takes as well."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx):
+        return (ctx._autograd_function_id,)
 
 
 class Op:

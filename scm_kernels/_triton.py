@@ -168,7 +168,8 @@ def without_bfloat16(*outputs: str) -> Callable:
 
         def run(problem):
             wide = {
-                name: x.float()
+                # Contiguous: of rows that overlap, PyTorch would keep no order of dimensions.
+                name: x.to(torch.float32, memory_format=torch.contiguous_format)
                 for name, x in problem._asdict().items()
                 if isinstance(x, Tensor) and x.dtype == torch.bfloat16
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 import torch.autograd.forward_ad as forward_ad
 from attention_cases import Case
@@ -308,3 +309,13 @@ def test_inductor_with_projections_around(x):
         return *outputs, *torch.autograd.grad(loss(outputs), weight)
 
     same(run)
+
+
+def test_compiled_autograd():
+    inputs = [torch.randn(1, 2, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    loss = sum(x.square().sum() for x in attention_jvp(*inputs))
+    truth = torch.autograd.grad(loss, inputs, retain_graph=True)
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    torch.testing.assert_close(tuple(x.grad for x in inputs), truth)

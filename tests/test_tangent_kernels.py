@@ -205,6 +205,16 @@ def test_strides(backend, dtype):
         assert torch.equal(call(views), call(plain))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_overlap(backend, dtype):
+    (inputs, t), base = make((3, 64), dtype), torch.randn(66).to(DEVICE, dtype)
+    inputs[0] = base.as_strided((3, 64), (1, 1))
+    plain = [x.contiguous().clone() for x in inputs]
+    for actual, expected in zip(loss(inputs, t, backend), loss(plain, t, backend), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(normalize(inputs, t, backend), normalize(plain, t, backend))
+
+
 # --- rounding -------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,14 @@
 """`normalized_tangent` and `consistency_loss` under every transform, and forced backends.
 
-Values and gradients in eager mode are in `test_tangent.py`, which also holds the formula.
+Values and gradients in eager mode are in `test_tangent.py`, which also holds the formula, further
+derivatives in `test_tangent_gradients.py`.
 """
-
-import functools
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.autograd.forward_ad as forward_ad
-from test_tangent import DEVICE, PRESETS, close, eager_loss, make
+from test_tangent import DEVICE, PRESETS, close, make
 from torch.utils.checkpoint import checkpoint
 
 from scm_kernels import _backends
@@ -126,70 +125,7 @@ def test_jvp_under_compile_is_refused(backend):
         call(F)
 
 
-# --- reverse mode ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_second_and_third_derivatives(preset):
-    """Differentiating F - F.detach() - G.detach() again and again, as autograd does."""
-    (F, *inputs, t, w), options = arguments(), {"preset": preset}
-    learned = () if preset == "rcm" else (w.requires_grad_(),)
-    generator = torch.Generator().manual_seed(1)
-    results = []
-    for function in (lambda *a, **k: consistency_loss(*a, reduction="none", **k), eager_loss):
-        generator.manual_seed(1)
-        leaves = (F.clone().requires_grad_(), *learned)
-        cotangent = torch.arange(3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        loss = function(leaves[0], *inputs, t, *learned, **options)
-        order, derivatives = (loss * cotangent).sum(), []
-        for _ in range(3):
-            grads = torch.autograd.grad(order, (*leaves, cotangent), create_graph=True)
-            derivatives += grads
-            order = sum(
-                (g * torch.randn(g.shape, generator=generator, dtype=g.dtype).to(DEVICE)).sum()
-                for g in grads
-            )
-        results.append(derivatives)
-    for a, e in zip(*results, strict=True):
-        close(a, e, rtol=1e-12, scale=max(e.abs().max().item(), 1e-3))
-
-
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_func_grad_of_grad(preset, power):
-    """Each of functorch's levels has a value and a gradient of its own to differentiate."""
-    (F, *inputs, t, w), options = arguments(), {"preset": preset}
-    leaves = (F,) if preset == "rcm" else (F, w)
-
-    def second(function):
-        def loss(F, *w):
-            return function(F, *inputs, t, *w, **options).pow(power).sum()
-
-        def squares(*leaves):
-            return sum(g.square().sum() for g in torch.func.grad(loss, places)(*leaves))
-
-        places = tuple(range(len(leaves)))
-        return torch.func.grad(squares, places)(*leaves)
-
-    by_sample = functools.partial(consistency_loss, reduction="none")
-    for actual, expected in zip(second(by_sample), second(eager_loss), strict=True):
-        close(actual, expected, rtol=1e-12, scale=max(expected.abs().max().item(), 1e-3))
-
-
-def test_the_value_of_a_vjp_has_a_gradient():
-    F, *others = arguments()
-    F.requires_grad_()
-    value, _ = torch.func.vjp(lambda F: consistency_loss(F, *others), F)
-    truth = torch.autograd.grad(consistency_loss(F, *others), F)
-    torch.testing.assert_close(torch.autograd.grad(value, F), truth)
-
-
-def test_gradients_reach_output_and_log_weight_alone():
-    args = [x.requires_grad_() for x in arguments()]
-    warmup = torch.tensor(0.5, device=DEVICE, requires_grad=True)
-    consistency_loss(*args, warmup=warmup).backward()
-    assert [x.grad is not None for x in (*args, warmup)] == [True, *[False] * 4, True, False]
-    assert not normalized_tangent(*args[:5]).requires_grad
+# --- vmap, compile, checkpoint --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -85,7 +85,10 @@ class _Loss(_library.Function):
     @staticmethod
     def forward(ctx, f, v, x, j, t, warmup, log_weight, *options):
         losses, *rest = tangent_loss.inside(f, v, x, j, t, warmup, log_weight, *options)
-        ctx.save_for_backward(f, v, x, j, *rest, log_weight)
+        # log_weight's own gradient reads no elements; f's may be asked for at an outer level.
+        nested = torch._C._functorch.peek_interpreter_stack() is not None
+        rows = (f, v, x, j) if ctx.needs_input_grad[0] or nested else (None,) * 4
+        ctx.save_for_backward(*rows, *rest, log_weight)
         ctx.mark_non_differentiable(*rest)
         ctx.backend = options[-1]
         return losses, *rest
@@ -93,7 +96,7 @@ class _Loss(_library.Function):
     @staticmethod
     def backward(ctx, dlosses, *_):
         *given, log_weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative may follow
+        if given[0] is None or torch.is_grad_enabled():  # a second derivative may follow
             df, dw = _differentiable_gradient(*given, log_weight, dlosses, ctx.backend)
         else:
             df, dw = tangent_gradient(*given, log_weight, dlosses, ctx.backend)
@@ -104,14 +107,20 @@ class _Loss(_library.Function):
 def _differentiable_gradient(
     f, v, x, j, coefficients, distances, weights, log_weight, dlosses, backend
 ):
-    """`tangent_gradient` with derivatives of its own, in f, in log_weight and in dlosses."""
-    rates = weights if log_weight is None else weights * log_weight.exp()
-    df = _pull(f, v, x, j, coefficients, dlosses * rates, backend)
-    if log_weight is None:
+    """`tangent_gradient` with derivatives of its own, in f, in log_weight and in dlosses; without
+    f, that in log_weight alone.
+    """
+    # What a sample that is left out has for dlosses and log_weight is in no derivative.
+    left_out, rates, w = weights == 0, weights, log_weight
+    dlosses = dlosses.masked_fill(left_out, 0.0)
+    if w is not None:
+        rates = rates * w.to(rates.dtype).masked_fill(left_out, 0.0).exp()
+    df = None if f is None else _pull(f, v, x, j, coefficients, dlosses * rates, backend)
+    if w is None:
         return df, None
-    q = tangent_distance(f, v, x, j, coefficients, distances, backend)
-    dw = (dlosses * (rates * q - 1)).masked_fill(weights == 0, 0.0)
-    return df, dw.to(log_weight.dtype)
+    q = distances if f is None else tangent_distance(f, v, x, j, coefficients, distances, backend)
+    dw = (dlosses * (rates * q - 1)).masked_fill(left_out, 0.0)
+    return df, dw.to(w.dtype)
 
 
 def _autograd_loss(*args):
@@ -183,11 +192,10 @@ class _Distance(_library.Function):
 
 def _pull(f, v, x, j, coefficients, dq, backend):
     """dq [B] pulled back to f: 2 dq (F - F^- - G)."""
-    dq = 2 * dq.unsqueeze(1)
-    # A sample that is left out: its inputs may be NaN, and no derivative is to see that.
+    # A sample that is left out: it and its dq may be NaN, and no derivative is to see that.
     left_out = coefficients.eq(0).all(1, keepdim=True)
-    scaled = (-dq * coefficients).masked_fill(left_out, 0.0)
-    df = tangent_apply(f, v, x, j, scaled, backend)
+    dq = (2 * dq.unsqueeze(1)).masked_fill(left_out, 0.0)
+    df = tangent_apply(f, v, x, j, -dq * coefficients, backend)
     if torch.is_grad_enabled():
         # A second derivative may follow: F - F^- is zero in value only.
         zero = (f - f.detach()).masked_fill(left_out, 0.0)

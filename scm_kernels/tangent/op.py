@@ -173,7 +173,9 @@ def _losses(inputs: tuple[Tensor, ...], options: "_Options", w: Tensor | None) -
     loss, *rest = library.tangent_loss(*inputs, *times, None, *options.numbers, options.backend)
     coefficients, distances, weights = rest
     q = library.tangent_distance(*inputs, coefficients, distances, options.backend)
-    w = torch.zeros_like(weights) if w is None else w.masked_fill(weights == 0, 0.0)
+    if w is None:
+        w = torch.zeros_like(weights)
+    w = w.to(weights.dtype).masked_fill(weights == 0, 0.0)
     return (w.exp() * (weights * q) - w).to(loss.dtype)
 
 
