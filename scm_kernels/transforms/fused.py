@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from scm_kernels._duals import (
     Dual,
@@ -76,6 +77,8 @@ class Fused(TorchFunctionMode):
         kwargs = kwargs or {}
         if forward_ad._current_level < 0 or func in _DUAL_FUNCTIONS:
             return func(*args, **kwargs)
+        if func is checkpoint:
+            return self._checkpoint(*args, **kwargs)
         level = current_level()
         self.tangent_grad = self.forget_level is None or self.forget_level != level
         rule = RULES.get(func)
@@ -94,6 +97,20 @@ class Fused(TorchFunctionMode):
         if self.tangent_grad or (not torch.compiler.is_compiling() and func in _LINEAR):
             return out
         return _forget_graph(out, level)
+
+    def _checkpoint(self, function, *args, **kwargs):
+        """`torch.utils.checkpoint.checkpoint`, which is a function to a mode under Dynamo alone.
+
+        What it runs would run with the mode popped. The one that is entered instead belongs to that
+        graph, as Dynamo lets no graph write to what is outside of it.
+        """
+        forget_level = self.forget_level
+
+        def inside(*args, **kwargs):
+            with Fused(forget_level=forget_level):
+                return function(*args, **kwargs)
+
+        return checkpoint(inside, *args, **kwargs)
 
     def _by_rule(self, rule, level: int, args, kwargs):
         """What a rule makes of a call, NotImplemented where it is PyTorch's own."""
