@@ -252,6 +252,9 @@ def test_samplers_count_their_evaluations():
         (["--device", "abacus"], "device"),
         (["--resume"], "no checkpoint"),
         (["--resume", "--quick"], "--quick"),
+        (["--seed", "-1"], "seed: got -1, expected 0"),
+        (["--seed", str(2**63)], "seed: got 9223372036854775808"),
+        (["--out", __file__], "is no folder"),
     ],
 )
 def test_bad_flags_are_refused_with_the_reason(tmp_path, capsys, flags, message):
@@ -259,6 +262,14 @@ def test_bad_flags_are_refused_with_the_reason(tmp_path, capsys, flags, message)
         cli.main(["--out", str(tmp_path / "none"), *flags])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk"])
+def test_resume_refuses_what_is_no_checkpoint(tmp_path, capsys, content):
+    (tmp_path / checkpoint.NAME).write_bytes(content)
+    with pytest.raises(SystemExit):
+        cli.main(["--out", str(tmp_path), "--resume"])
+    assert "is no checkpoint" in capsys.readouterr().err
 
 
 def test_resume_refuses_a_flag_that_contradicts_the_checkpoint(tmp_path, capsys):

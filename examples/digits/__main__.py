@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         distributed.pick_device(flags.device)
         config = configure(flags)
+        if flags.out.exists() and not flags.out.is_dir():
+            raise ValueError(f"--out: {flags.out} is no folder")
     except (ValueError, FileNotFoundError) as error:
         parse.error(str(error))
     run(config, flags.out, flags.device, flags.resume, flags.checkpoint_seconds)

@@ -27,9 +27,13 @@ def write(path: Path, state: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--resume: no checkpoint at {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"--resume: {path} has format {state.get('format')}, expected {FORMAT}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, by what is in the file
+        raise ValueError(f"--resume: {path} is no checkpoint ({error!r})") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"--resume: {path} has format {found}, expected {FORMAT}")
     return state
 
 

@@ -42,6 +42,8 @@ class RunConfig:
         for name in ("batch_size", "student_steps", "heun_steps", "generated"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to 2^63 - 1")
         if self.mode == "sct" and self.teacher_steps:
             raise ValueError(
                 f"teacher_steps: got {self.teacher_steps}, but mode sct trains from data alone"
