@@ -201,14 +201,15 @@ def attention_backward_keys_kernel(x, dk, dv, sum_q, M, N, H, GROUP, scale, META
     sums = gradients.zeros_for(dk, KEYS, META.D), gradients.zeros_for(dv, KEYS, META.E)
 
     first, clear, partial, end = _row_tiles(key, M, N, META)
-    whole = 0 if sum_q is not None else partial - clear  # two loops with atomics would spill
+    ONE: tl.constexpr = sum_q is not None or META.PRECISION == "bf16x6"
+    whole = 0 if ONE else partial - clear  # with atomics, two loops would spill
     rest = end - first - whole
     head, i = key_head * GROUP, 0
     for _ in range(rest * GROUP):
         row = tl.where(first + i < clear, first + i, first + i + whole) * META.BLOCK_M
         sums = _add_queries(sums, keys, x, sum_q, batch, head, H, row, key, M, N, scale, True, META)
         head, i = _next(head, i, rest)
-    if sum_q is None:
+    if not ONE:
         head, i = key_head * GROUP, 0
         for _ in range(whole * GROUP):
             row = (clear + i) * META.BLOCK_M
@@ -283,10 +284,14 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     if META.CAUSAL:
         end, clear = tl.minimum(N, row + ROWS), tl.minimum(clear, (row + 1) // KEYS)
     clear = tl.where(row + ROWS <= M, clear, 0)
-    for i in range(clear):
-        sums = _add_keys(
-            sums, queries, stats, x, batch, head, key_head, row, i * KEYS, M, N, scale, False, META
-        )
+    if META.PRECISION == "bf16x6":
+        clear = 0
+    else:
+        for i in range(clear):
+            sums = _add_keys(
+                *(sums, queries, stats, x, batch, head, key_head, row, i * KEYS),
+                *(M, N, scale, False, META),
+            )
     for i in range(clear, tl.cdiv(end, KEYS)):
         sums = _add_keys(
             sums, queries, stats, x, batch, head, key_head, row, i * KEYS, M, N, scale, True, META

@@ -186,7 +186,11 @@ _FLOAT_ORDINARY = (
 TENSOR_FLOAT = ("large", "hopper")  # families that have room for it and where it is known to pay
 _FLOAT = {
     "large": (_FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
-    "hopper": (replace(_FLOAT_TENSOR, most=64, block_n=32), _FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
+    "hopper": (
+        replace(_FLOAT_TENSOR, most=64, block_n=32, rest=32),
+        _FLOAT_TENSOR,
+        _FLOAT_ORDINARY[-1],
+    ),
 }
 # Head dimensions up to which they fit a block's shared memory, where not all do: in the forward and
 # the gradient through out, and in that through both outputs.

@@ -209,7 +209,7 @@ def _first_shift(q, tq, x, batch, head, rows, N, scale, META: tl.constexpr):
     keys = tl.arange(0, META.REST)
     k = tiles.load_rows(x.k, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
     tk = tiles.load_rows(x.tk, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
-    _, t = _scores(q, tq, k, tk, META.PRECISION)
+    _, t = _scores(q, tq, k, tk, "tf32" if META.PRECISION == "bf16x6" else META.PRECISION)
     live = tl.broadcast_to(_live(rows, keys, N, META), t.shape)
     return _mean(tl.where(live, t, 0.0), live) * scale
 
@@ -292,12 +292,13 @@ def attention_forward_kernel(
         if not (x.tq is None and x.tk is None):
             c = _first_shift(q, tq, x, batch, key_head, rows, N, scale, META)
             state = _State(state.m, state.l, state.mu, c, state.sums, state.acc, state.tacc)
-        whole = N // META.BLOCK_N * META.BLOCK_N
-        if META.CAUSAL:
-            whole = tl.minimum(whole, (row + 1) // META.BLOCK_N * META.BLOCK_N)
-        for key in range(0, whole, META.BLOCK_N):
-            keys = _load_keys(x, batch, key_head, key, None, META.BLOCK_N, META)
-            state = _add_tile(state, q, tq, keys, None, scale, scale2, META)
+        if META.PRECISION != "bf16x6":
+            whole = N // META.BLOCK_N * META.BLOCK_N
+            if META.CAUSAL:
+                whole = tl.minimum(whole, (row + 1) // META.BLOCK_N * META.BLOCK_N)
+            for key in range(0, whole, META.BLOCK_N):
+                keys = _load_keys(x, batch, key_head, key, None, META.BLOCK_N, META)
+                state = _add_tile(state, q, tq, keys, None, scale, scale2, META)
     for key in range(whole, end, META.REST):
         at = key + tl.arange(0, META.REST)
         keys = _load_keys(x, batch, key_head, key, at < N, META.REST, META)
