@@ -142,7 +142,8 @@ def test_each_byte_moves_once(ptxsim, launches, shape, dtype):
         sums = 8 * shape[0] if name == "loss" else 0
         assert moved(stats) <= 1.05 * (vectors + 32 * shape[0] + sums)
         assert len(numbers) == {"loss": 2, "apply": 0}.get(name, 1)
-        assert moved(numbers) <= 640 * (shape[0] + 8)
+        # A tenth of it are the constants of a sine.
+        assert moved(numbers) <= 160 * shape[0] + 2048
 
 
 def moved(stats):

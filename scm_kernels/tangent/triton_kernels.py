@@ -26,6 +26,12 @@ def _number(x, samples, step, live):
     return tl.load(x + samples * step, mask=live, other=0.0).to(tl.float64)
 
 
+@triton.jit
+def _quads(x, samples):
+    """Where the four coefficients of each sample are: one tile, for accesses without gaps."""
+    return x + (samples * 4)[:, None] + tl.arange(0, 4)[None, :]
+
+
 @triton.jit(do_not_specialize=_RUNTIME_NUMBERS)
 def tangent_coefficients_kernel(
     t,
@@ -42,7 +48,7 @@ def tangent_coefficients_kernel(
     """coefficients [B, 4] = a, b, k, d."""
     samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     live = samples < B
-    time, to = _number(t, samples, t_step, live), coefficients + samples * 4
+    time = _number(t, samples, t_step, live)
     zero, one = tl.zeros([SAMPLES], tl.float64), tl.full([SAMPLES], 1.0, tl.float64)
     if PRESET == "meanflow":
         a, b, k, d = -one, one, zero, -time
@@ -55,10 +61,8 @@ def tangent_coefficients_kernel(
             front = cos * tl.sqrt(front + (1.0 - rate * rate) * sin * sin)
             d = zero - sd
         a, b, k = -sd * front, front, -rate * cos * sin
-    tl.store(to, a, mask=live)
-    tl.store(to + 1, b, mask=live)
-    tl.store(to + 2, k, mask=live)
-    tl.store(to + 3, d, mask=live)
+    all = tl.reshape(tl.join(tl.join(a, k), tl.join(b, d)), [SAMPLES, 4])
+    tl.store(_quads(coefficients, samples), all, mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=_RUNTIME_NUMBERS)
@@ -100,13 +104,13 @@ def tangent_loss_kernel(
     q = s * s * squares
     w = zero if log_weight is None else _number(log_weight, samples, w_step, live)
     loss = tl.exp(w) * (p * q) - w
-    for i in tl.static_range(4):
-        at = coefficients + samples * 4 + i
-        scaled = s * tl.load(at, mask=live, other=0.0)
-        tl.store(at, tl.where(finite, scaled, 0.0) if ZERO else scaled, mask=live)
+    at, inside = _quads(coefficients, samples), live[:, None]
+    scaled = s[:, None] * tl.load(at, mask=inside, other=0.0)
     if ZERO:
+        scaled = tl.where(finite[:, None], scaled, 0.0)
         q, p = tl.where(finite, q, 0.0), tl.where(finite, p, 0.0)
         loss = tl.where(finite, loss, 0.0)
+    tl.store(at, scaled, mask=inside)
     tl.store(distances + samples, q, mask=live)
     tl.store(weights + samples, p, mask=live)
     tl.store(losses + samples, loss.to(losses.dtype.element_ty), mask=live)
@@ -137,10 +141,9 @@ def tangent_gradient_kernel(
     slope = dloss * (rates * tl.load(distances + samples, mask=live, other=0.0) - 1.0)
     slope = tl.where(taken, slope, 0.0).to(dlog_weight.dtype.element_ty)
     tl.store(dlog_weight + samples, slope, mask=live)
-    for i in tl.static_range(4):
-        at = samples * 4 + i
-        x = -2.0 * dloss * rates * tl.load(coefficients + at, mask=live, other=0.0)
-        tl.store(scaled + at, tl.where(taken, x, 0.0), mask=live)
+    x = tl.load(_quads(coefficients, samples), mask=live[:, None], other=0.0)
+    x = tl.where(taken[:, None], (-2.0 * dloss * rates)[:, None] * x, 0.0)
+    tl.store(_quads(scaled, samples), x, mask=live[:, None])
 
 
 # --- passes over the elements ------------------------------------------------------------------
