@@ -324,9 +324,8 @@ _FLOAT = {
     ("mask", "both"): _FLOAT_BOTH,
 }
 # And on tensor cores (see `triton_config.py`): they wait for shared memory a fifth to a sixth of
-# the time that ordinary cores do (counted by the simulator at D = 64 and 128). Through both outputs
-# more features than 64 would take minutes to compile: Triton looks at each product again for each
-# other one. So kernels have one loop, with bounds, for all tiles.
+# the time that ordinary cores do (counted by the simulator at D = 64 and 128). They, too, have one
+# loop; through both outputs more features than 64 would still take minutes to compile.
 _TALL = Row(128, 64, 16, 4, 2, widest=16, exact="bf16x6")
 _WIDE = Row(128, 16, 64, 4, 2, widest=16, exact="bf16x6")
 _FLOAT_TENSOR = {

@@ -175,8 +175,10 @@ _MASKED_ELSEWHERE = {
 # In float32. "bf16x6" on tensor cores: an operand is the sum of three bfloat16 numbers, all of its
 # 24 bits, and six of the nine products, all but those below 2^-24, are summed in float32. On an
 # H200 (measured, D = 64) 27 TFLOP/s with a third of the rounding error of "ieee", which gives 11:
-# ordinary cores wait for operands in shared memory, whose banks conflict. Parts of 16 features, as
-# in the backward, whose scores are then the forward's to the last bit, or nearly.
+# ordinary cores wait for operands in shared memory, whose banks conflict. (That was with a second
+# loop, for tiles inside of the bounds; Triton compiles one in a third of the time, for Triton's
+# passes look at each product again for each other one.) Parts of 16 features, as in the backward,
+# whose scores are then the forward's to the last bit, or nearly.
 _FLOAT_TENSOR = Row(128, 64, 16, 4, 2, widest=16, widest_e=16, exact="bf16x6")
 _FLOAT_ORDINARY = (
     Row(64, 32, 32, 4, 2, widest=32, widest_e=32),
