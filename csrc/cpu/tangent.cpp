@@ -75,9 +75,10 @@ struct Row {
 template <Type kType, class Body>
 SCM_INLINE void combine(const Row<kType>& row, int64_t count, const Body& body) {
   const auto sum = [&row](const auto& load) __attribute__((always_inline)) {
-    VecF g = row.scalar[0] * load(row.input[0]);
+    // From 0: of a b + c d a compiler fuses either product, and not the same in every loop.
+    VecF g{};
     SCM_UNROLL
-    for (int i = 1; i < 4; ++i) g = row.scalar[i] * load(row.input[i]) + g;
+    for (int i = 0; i < 4; ++i) g = row.scalar[i] * load(row.input[i]) + g;
     return g;
   };
   int64_t i = 0;
