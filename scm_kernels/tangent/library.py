@@ -49,14 +49,22 @@ def _vmap(op):
     return rule
 
 
-def _constant(name):
-    """The autograd of an op whose result is a constant."""
+def _define(schema, kernel, fake, autograd=None):
+    """An op; without an autograd of its own its result is a constant."""
+    name = schema.partition("(")[0]
 
-    def autograd(*args):
+    def constant(*args):
         _library.refuse_duals(name, _INSTEAD, (x for x in args if isinstance(x, Tensor)))
-        return globals()[name].below(*args)
+        return op.below(*args)
 
-    return autograd
+    op = _library.define(
+        schema,
+        kernel=kernel,
+        fake=fake,
+        autograd=autograd or constant,
+        vmap=_vmap(lambda *args: op.dispatched(*args)),
+    )
+    return op
 
 
 # --- tangent_loss ---------------------------------------------------------------------------------
@@ -252,41 +260,31 @@ def _autograd_apply(*args):
     return tangent_apply.below(*args)
 
 
-_ops = torch.ops.scm_kernels
-tangent_loss = _library.define(
+tangent_loss = _define(
     f"tangent_loss({_INPUTS}, {_TIMES}, Tensor? log_weight, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=_loss,
-    fake=_fake_loss,
-    autograd=_autograd_loss,
-    vmap=_vmap(lambda *args: _ops.tangent_loss(*args)),
+    _loss,
+    _fake_loss,
+    _autograd_loss,
 )
-tangent_gradient = _library.define(
+tangent_gradient = _define(
     f"tangent_gradient({_INPUTS}, Tensor coefficients, Tensor distances, Tensor weights, "
     "Tensor? log_weight, Tensor dlosses, str backend) -> (Tensor, Tensor)",
-    kernel=_gradient,
-    fake=_fake_gradient,
-    autograd=_constant("tangent_gradient"),
-    vmap=_vmap(lambda *args: _ops.tangent_gradient(*args)),
+    _gradient,
+    _fake_gradient,
 )
-tangent_normalize = _library.define(
-    f"tangent_normalize({_INPUTS}, {_TIMES}, {_OPTIONS}) -> Tensor",
-    kernel=_normalize,
-    fake=_fake_normalize,
-    autograd=_constant("tangent_normalize"),
-    vmap=_vmap(lambda *args: _ops.tangent_normalize(*args)),
+tangent_normalize = _define(
+    f"tangent_normalize({_INPUTS}, {_TIMES}, {_OPTIONS}) -> Tensor", _normalize, _fake_normalize
 )
-tangent_distance = _library.define(
+tangent_distance = _define(
     f"tangent_distance({_INPUTS}, Tensor coefficients, Tensor distances, str backend) -> Tensor",
-    kernel=_distance,
-    fake=_fake_distance,
-    autograd=_autograd_distance,
-    vmap=_vmap(lambda *args: _ops.tangent_distance(*args)),
+    _distance,
+    _fake_distance,
+    _autograd_distance,
 )
-tangent_apply = _library.define(
+tangent_apply = _define(
     f"tangent_apply({_INPUTS}, Tensor coefficients, str backend) -> Tensor",
-    kernel=_apply,
-    fake=_fake_apply,
-    autograd=_autograd_apply,
-    vmap=_vmap(lambda *args: _ops.tangent_apply(*args)),
+    _apply,
+    _fake_apply,
+    _autograd_apply,
 )

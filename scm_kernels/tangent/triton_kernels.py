@@ -21,6 +21,13 @@ _RUNTIME_NUMBERS = ["t_step", "r_step", "w_step", "dl_step", "B", "r", "sd", "si
 
 
 @triton.jit
+def _samples(B, SAMPLES: tl.constexpr):
+    """The samples of this program, and which of them there are."""
+    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    return samples, samples < B
+
+
+@triton.jit
 def _number(x, samples, step, live):
     """x [SAMPLES] in float64."""
     return tl.load(x + samples * step, mask=live, other=0.0).to(tl.float64)
@@ -46,8 +53,7 @@ def tangent_coefficients_kernel(
     SAMPLES: tl.constexpr,
 ):
     """coefficients [B, 4] = a, b, k, d."""
-    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    live = samples < B
+    samples, live = _samples(B, SAMPLES)
     time = _number(t, samples, t_step, live)
     zero, one = tl.zeros([SAMPLES], tl.float64), tl.full([SAMPLES], 1.0, tl.float64)
     if PRESET == "meanflow":
@@ -84,8 +90,7 @@ def tangent_loss_kernel(
     SAMPLES: tl.constexpr,
 ):
     """From sums of squares, in `distances`: s times the coefficients, q, p, exp(w) p q - w."""
-    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    live = samples < B
+    samples, live = _samples(B, SAMPLES)
     squares = tl.load(distances + samples, mask=live, other=0.0)
     finite = squares < float("inf")
     # NaN for infinity too: s = 1 / infinity would make zeros of a sample that is to be seen.
@@ -131,8 +136,7 @@ def tangent_gradient_kernel(
     SAMPLES: tl.constexpr,
 ):
     """scaled = -2 dL exp(w) p times the coefficients, and dw; zeros where p is 0."""
-    samples = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    live = samples < B
+    samples, live = _samples(B, SAMPLES)
     rates = tl.load(weights + samples, mask=live, other=0.0)
     dloss = _number(dlosses, samples, dl_step, live)
     taken = rates != 0.0
