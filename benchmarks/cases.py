@@ -160,6 +160,15 @@ def _quick(device: str) -> list[Case]:
     ]
 
 
+def _short_and_long(dtypes) -> list[Case]:
+    """What a CPU is measured on beside the sweep: long rows, wide heads, many short sequences."""
+    return [
+        *sweep((4096,), dtypes, ("forward",), h=4),
+        *sweep((1024,), dtypes, ("forward",), d=128),
+        *sweep((64,), dtypes, ("forward",), b=64, h=4, d=32),
+    ]
+
+
 def _default(device: str) -> list[Case]:
     cuda = device == "cuda"
     dtypes = ("bfloat16", "float32") if cuda else ("float32", "bfloat16")
@@ -170,6 +179,7 @@ def _default(device: str) -> list[Case]:
         *networks([XL_BLOCK], [B_STEP, XL_STEP] if cuda else [(4, 256, 384, 6, 6)], dtypes[:1]),
         *sweep((1024,), dtypes, ("absent", "both")),
         *sweep((256,), dtypes, trained, b=8, h=16, d=72),
+        *([] if cuda else _short_and_long(dtypes)),
         *(case for model in MODELS if cuda for case in of_model(model, trained)),
         *tangents(LATENTS, dtypes),
     ]
