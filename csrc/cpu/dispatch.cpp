@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #if defined(__x86_64__)
@@ -33,6 +34,17 @@ bool processor_has(const char* isa) {
   return std::strcmp(isa, "baseline") == 0;
 }
 
+// Whether AVX-512 in float32 is faster for bfloat16, too: on Intel's processors, which issue
+// products of pairs at 0.55 to 0.67 of the rate of those in float32, and pairs have to be made
+// first. Attention is 1.1 to 1.9 times as fast without them (measured on an Emerald Rapids).
+bool prefers_float32() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 std::atomic<size_t> selected{0};
 
 }  // namespace
@@ -44,6 +56,9 @@ const std::vector<Kernels>& available_kernels() {
     std::vector<Kernels> list;
     for (const Kernels& kernels : built) {
       if (processor_has(kernels.isa)) list.push_back(kernels);
+    }
+    if (list.size() > 1 && std::strcmp(list[1].isa, "avx512") == 0 && prefers_float32()) {
+      std::swap(list[0], list[1]);  // avx512_bf16 is the one before it
     }
     return list;
   }();

@@ -1,5 +1,5 @@
 // The CPU kernels. Every kernel is one source, compiled once for each instruction set into a
-// namespace of its own; `best_kernels` picks among them by what the processor has.
+// namespace of its own; `dispatch.h` picks among them by what the processor has.
 #pragma once
 
 #include "problems.h"
