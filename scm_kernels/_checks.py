@@ -10,10 +10,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(value: object) -> str:
-    """A short description for an error message: a tensor's shape, dtype and device, or a type."""
+    """A short description for an error message: no numbers of tensors, nor of what holds them."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {list(value.shape)} on {value.device}"
+    if isinstance(value, (tuple, list, dict)) and value:
+        return f"a {type(value).__name__} of length {len(value)}"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -89,6 +91,12 @@ def number(
             f"{name}: got {value}, expected a finite number {' and '.join(limits)}".rstrip()
         )
     return result
+
+
+def flag(name: str, value: object) -> None:
+    """`value` must be a bool."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: got {describe(value)}, expected a bool")
 
 
 def integer(name: str, value: object, *, low: int) -> None:

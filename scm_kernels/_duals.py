@@ -96,11 +96,12 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
 def current_level() -> int:
     """The level of functorch's innermost transform, 0 outside of any; under Dynamo too."""
     interpreter = _functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return 0
-    if torch.compiler.is_compiling():
-        interpreter = coerce_cinterpreter(interpreter)
-    return interpreter.level()
+    return 0 if interpreter is None else interpreter.level()
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which makes an object
+# of the None of an empty stack.
+current_level._dynamo_marked_constant = True
 
 
 def jvp_at_work() -> CInterpreter | None:

@@ -6,7 +6,6 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from networks import close, dit_case, gradients, layer_norm, stock_jvp, true_jvp
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import scm_kernels
 
@@ -76,6 +75,7 @@ def encoder():
 
 
 MASK = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) > 0.3
+PADDING = torch.arange(4) >= torch.tensor([[4], [2]])
 BIAS = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 NETWORKS = {
@@ -88,6 +88,7 @@ NETWORKS = {
     "group_norm": lambda: Function(norms_in_channels_last),
     "multihead": lambda: Multihead(need_weights=False),
     "multihead weights": Multihead,
+    "multihead padding": lambda: Multihead(need_weights=False, key_padding_mask=PADDING),
     "encoder": encoder,
     "attention": lambda: Function(attend),
     "causal": lambda: Function(lambda x, w: attend(x, w, is_causal=True)),
@@ -358,41 +359,3 @@ def test_a_compiled_function_around_a_compiled_function():
     inner = torch.compile(small, backend=AOT)
     outer = torch.compile(lambda x, tx: ours(inner, x, tx), backend=AOT, fullgraph=True)
     close(outer(x, tx), true_jvp(small, (x,), (tx,)))
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("scm_test_checkpoint::twice", mutates_args=())
-def twice(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
-
-
-@twice.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
-@pytest.mark.parametrize("func", [small, attending], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("way", [ours, fused_jvp], ids=lambda f: f.__name__)
-def test_a_checkpoint_inside(way, func):
-    """Dynamo gives a mode the whole checkpoint as one function."""
-    x, tx = torch.randn(2, 4, 8, dtype=torch.float64)
-
-    def network(x):
-        return checkpoint(func, x, use_reentrant=False)
-
-    compiled = torch.compile(lambda x, tx: way(network, x, tx), backend=AOT, fullgraph=True)
-    got, want = compiled(x, tx), true_jvp(func, (x,), (tx,))
-    close([y.detach() for y in got], [y.detach() for y in want])
-
-
-def test_a_custom_op_in_a_checkpoint_raises():
-    x, tx = torch.randn(2, 4, 8, dtype=torch.float64)
-
-    def network(x):
-        return checkpoint(lambda x: twice(x.sin()), x, use_reentrant=False)
-
-    compiled = torch.compile(lambda x, tx: ours(network, x, tx), backend=AOT, fullgraph=True)
-    with pytest.raises(RuntimeError, match="custom op got a dual tensor"):
-        compiled(x, tx)

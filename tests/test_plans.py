@@ -78,7 +78,7 @@ def test_a_known_kind_is_checked_as_any_other():
         attention_jvp(*x, is_causal=1, scale=1.0)
     with pytest.raises(TypeError, match="scale: got bool True"):
         attention_jvp(*x, is_causal=True, scale=True)
-    with pytest.raises(TypeError, match="scale: got list"):
+    with pytest.raises(TypeError, match="scale: got a list of length"):
         attention_jvp(*x, is_causal=True, scale=[1.0])
     with pytest.raises(TypeError, match="query: got"):
         attention_jvp(x[0].tolist(), *x[1:])

@@ -170,6 +170,7 @@ def attention_jvp(
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.
     """
+    _checks.flag("return_stats", return_stats)
     tensors = (query, key, value, t_query, t_key, t_value, attn_mask, t_attn_mask)
     out, t_out, lse, mu = _attention(
         _autocast(tensors), is_causal, scale, enable_gqa, tangent_grad=True
@@ -296,9 +297,8 @@ def _check(tensors, is_causal, scale, enable_gqa) -> None:
 
 
 def _check_options(is_causal, scale, enable_gqa) -> None:
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, (bool, torch.SymBool)):
-            raise TypeError(f"{name}: got {_checks.describe(flag)}, expected a bool")
+    _checks.flag("is_causal", is_causal)
+    _checks.flag("enable_gqa", enable_gqa)
     if isinstance(scale, Tensor):  # float(scale) would drop its gradient and its tangent
         raise TypeError(f"scale: got {_checks.describe(scale)}, expected a number; multiply query")
     if scale is not None and not isinstance(scale, (torch.SymFloat, torch.SymInt)):

@@ -50,6 +50,8 @@ def jvp(
     """
     if not callable(func):
         raise TypeError(f"func: got {_checks.describe(func)}, expected a callable")
+    _checks.flag("has_aux", has_aux)
+    _checks.flag("tangent_grad", tangent_grad)
     _check(primals, tangents)
     if not tangent_grad and _inside_a_jvp():
         raise NotImplementedError(

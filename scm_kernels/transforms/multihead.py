@@ -10,9 +10,22 @@ import types
 
 import torch.nn.functional as F
 
+
+def _check_key_padding_mask(key_padding_mask, src_len, bsz) -> None:
+    """PyTorch's own, whose message Dynamo cannot make a constant of where it traces that file."""
+    if tuple(key_padding_mask.shape) != (bsz, src_len):
+        raise AssertionError(
+            f"key_padding_mask: got shape {list(key_padding_mask.shape)}, expected {[bsz, src_len]}"
+        )
+
+
 _forward = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda tensors: False},
+    {
+        **vars(F),
+        "has_torch_function": lambda tensors: False,
+        "_check_key_padding_mask": _check_key_padding_mask,
+    },
     "multi_head_attention_forward",
     F.multi_head_attention_forward.__defaults__,
 )
