@@ -65,20 +65,26 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["compare"]:
         paths = argparse.ArgumentParser(prog="python -m benchmarks compare")
-        paths.add_argument("old", type=Path)
-        paths.add_argument("new", type=Path)
+        paths.add_argument("old", type=_results)
+        paths.add_argument("new", type=_results)
         chosen = paths.parse_args(arguments[1:])
         return compare(chosen.old, chosen.new)
     made = parser()
     options = made.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: PyTorch sees no GPU here")
+    if options.threads < 1:
+        made.error(f"--threads: got {options.threads}, expected at least 1")
     torch.set_num_threads(options.threads)
     effort = effort_of(options.scale, options.device)
     if options.patience is not None:
         effort = replace(effort, patience=options.patience)
     known = about(options.device) | {"scale": options.scale}
     place = options.out or files.folder(known)
+    try:  # before anything is measured
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        made.error(f"--out: got {place}, expected a folder that can be written to ({error})")
     print(tables.heading(known))
     for name, reason in ours(options.device).items():
         print(f"ours ({name}): {reason or 'available'}")
@@ -89,6 +95,18 @@ def main(arguments: list[str]) -> int:
     for path in files.write(place, known, rows):
         print(f"wrote {path}")
     return 0
+
+
+def _results(name: str) -> Path:
+    """The path of a results.json."""
+    path = Path(name)
+    try:
+        files.read(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(
+            f"got {name}, expected a results.json ({type(error).__name__}: {error})"
+        ) from error
+    return path
 
 
 def run(chosen: list[cases.Case], device: str, effort: Effort, quiet: float) -> list[dict]:

@@ -1,5 +1,6 @@
 """What a measurement needs to know of a device: its name, a timer, memory that is free and used."""
 
+import importlib
 import os
 import platform
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def about(device: str) -> dict[str, object]:
         "driver": f"driver {_driver()}" if gpu else f"{platform.system()} {platform.release()}",
         "cpus": os.cpu_count(),
         "cuda": torch.version.cuda if gpu else None,
-        "triton": _version("triton"),
+        "triton": _triton(),
         "python": platform.python_version(),
         "scm_kernels": _version("scm_kernels"),
         "backends": scm_kernels.backends(),
@@ -61,6 +62,14 @@ class Neighbours:
 def _driver() -> str:
     query = ("--query-gpu=driver_version", "--format=csv,noheader")
     return output_of("nvidia-smi", *query).partition("\n")[0] or "unknown"
+
+
+def _triton() -> str | None:
+    """The version that is imported; PyTorch brings one, and a path may have another before it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
 
 
 def _version(package: str) -> str | None:

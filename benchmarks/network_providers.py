@@ -164,6 +164,7 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """Of the loss of the first samples, in one vector."""
+        self.network.zero_grad(set_to_none=True)  # of one who has failed half-way
         self._backward([x[:CHECKED_SAMPLES] for x in self.inputs])
         vector = torch.cat([p.grad.flatten() for p in self.network.parameters()])
         self.network.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import benchmarks.suite
-from benchmarks import accuracy, cases, compare, providers, tables
+from benchmarks import accuracy, cases, compare, network_providers, providers, tables
 from benchmarks.__main__ import main
 from benchmarks.attention_providers import problem
 from benchmarks.cases import Case
@@ -110,6 +110,30 @@ def test_the_readme_shows_what_a_run_has_written():
 
 def test_the_pytest_suite_is_not_part_of_the_tests(request):
     assert request.config.getini("testpaths") == ["tests"]
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+BLOCK, STEP = cases.networks([(2, 64, 64, 1, 2)], [(2, 64, 64, 1, 2)], ("bfloat16",))
+
+
+@pytest.mark.parametrize("case", [BLOCK, STEP], ids=["block", "step"])
+def test_networks_in_half_precision_as_on_a_gpu(case, monkeypatch):
+    """Where stock PyTorch needs its norms in float32, all of ours agree with it."""
+    stock = network_providers.stock
+    monkeypatch.setattr(network_providers, "stock", lambda case, device: stock(case, "cuda"))
+    solved = network_providers.problem(case, "cpu")
+    for provider in solved.providers:
+        if provider.name != providers.COMPILED:
+            assert solved.check((provider.values or provider.run)()) is None, provider.name
+
+
+def test_a_step_does_not_see_the_gradients_of_one_that_failed():
+    solved = network_providers.problem(STEP, "cpu")
+    step = solved.providers[0].run
+    for p in step.network.parameters():
+        p.grad = torch.ones_like(p)
+    assert solved.check(step.gradients()) is None
 
 
 # --- providers without a figure -------------------------------------------------------------------
@@ -335,6 +359,24 @@ def test_compare_counts_what_the_new_run_does_not_have(runs, capsys):
 def test_compare_refuses_two_machines(runs, capsys):
     assert runs(machine={"device": "another GPU"}) == 2
     assert "times cannot be compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tiny", "--out", "README.md"], "--out: got README.md, expected a folder"),
+        (["--threads", "0"], "--threads: got 0, expected at least 1"),
+        (["compare", "none.json", "none.json"], "got none.json, expected a results.json"),
+        (["compare", "README.md", "README.md"], "got README.md, expected a results.json"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_compares_with_itself(results, capsys):

@@ -71,8 +71,10 @@ def test_wheel_and_sdist_build(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kernels = (ROOT / "csrc").rglob("*.*")
-    assert {str(path.relative_to(ROOT)) for path in kernels} <= names
+    places = [ROOT / name for name in ("csrc", "scm_kernels", "tests", "examples", "benchmarks")]
+    files = [path for place in places for path in place.rglob("*.*")]
+    code = {str(x.relative_to(ROOT)) for x in files if x.suffix in (".py", ".cpp", ".cu", ".h")}
+    assert code | {"README.md", "CONTRIBUTING.md"} <= names
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith(".py")}

@@ -70,9 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         distributed.pick_device(flags.device)
         config = configure(flags)
-        if flags.out.exists() and not flags.out.is_dir():
-            raise ValueError(f"--out: {flags.out} is no folder")
-    except (ValueError, FileNotFoundError) as error:
+        if not flags.checkpoint_seconds >= 0.0:  # nor NaN
+            got = flags.checkpoint_seconds
+            raise ValueError(f"--checkpoint-seconds: got {got}, expected at least 0")
+        flags.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        parse.error(f"--out: {flags.out} is no folder")
+    except (ValueError, OSError) as error:
         parse.error(str(error))
     run(config, flags.out, flags.device, flags.resume, flags.checkpoint_seconds)
 
