@@ -74,17 +74,19 @@ def test_pytorchs_efficient_backward_is_asked_as_it_wants(wanted, taken):
         assert [x.shape for x in gradients[:3]] == [x.shape for x in (p.q, p.k, p.v)]
 
 
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "efficient"])
 @pytest.mark.parametrize(
     ("architecture", "features", "served"),
     [("sm_80", 64, True), ("sm_90", 64, False), ("sm_90", 128, False), ("sm_90", 256, True)],
 )
-def test_pytorchs_flash_backward_stands_back_where_it_is_slower(
-    architecture, features, served, monkeypatch
+def test_pytorchs_backward_stands_back_where_it_is_slower(
+    architecture, features, served, flash, monkeypatch
 ):
-    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features))
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features), dtype=F32)
     problem = SimpleNamespace(q=q)
     monkeypatch.setattr(torch_backward, "refuses", lambda problem: None)
-    monkeypatch.setattr(torch_backward, "_flash_refuses", lambda problem: None)
+    refusal = None if flash else "for a test"
+    monkeypatch.setattr(torch_backward, "_flash_refuses", lambda problem: refusal)
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
     assert torch_backward.serves(problem, triton) == served
     assert torch_backward.serves(problem, reference)

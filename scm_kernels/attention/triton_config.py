@@ -7,7 +7,7 @@ product's operands is held at once; ptxas answers to it by some registers more o
 found by trying (`python -m benchmarks.tune`), and tests hold them to no spills.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -173,24 +173,24 @@ _MASKED_ELSEWHERE = {
     ),
 }
 # In float32. "bf16x6" on tensor cores: an operand is the sum of three bfloat16 numbers, all of its
-# 24 bits, and six of the nine products, all but those below 2^-24, are summed in float32. On an
-# H200 (measured, D = 64) 27 TFLOP/s with a third of the rounding error of "ieee", which gives 11:
-# ordinary cores wait for operands in shared memory, whose banks conflict. (That was with a second
-# loop, for tiles inside of the bounds; Triton compiles one in a third of the time, for Triton's
-# passes look at each product again for each other one.) Parts of 16 features, as in the backward,
-# whose scores are then the forward's to the last bit, or nearly.
+# 24 bits, and six of the nine products, all but those below 2^-24, are summed in float32. Their
+# rounding error is a third of that of "ieee", whose ordinary cores wait for operands in shared
+# memory, whose banks conflict. One loop, with bounds, serves all tiles: Triton compiles two in
+# three times as long, for its passes look at each product again for each other one. Parts of
+# features are the backward's, too: then its scores are the forward's to the last bit, or nearly.
 _FLOAT_TENSOR = Row(128, 64, 16, 4, 2, widest=16, widest_e=16, exact="bf16x6")
 _FLOAT_ORDINARY = (
     Row(64, 32, 32, 4, 2, widest=32, widest_e=32),
     Row(128, 32, 16, 4, 2, widest=16, widest_e=16),
     Row(256, 16, 16, 4, 2, widest=16, widest_e=16),  # 96 KiB of shared memory
 )
-TENSOR_FLOAT = ("large", "hopper")  # families that have room for it and where it is known to pay
-_FLOAT = {
+_FLOAT = {  # families that have room for it and where it is known to pay
     "large": (_FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
+    # Two groups of four warps, whose queries are split into bfloat16 again at every tile of keys:
+    # so those are tall, and products wide. At D = 128 51 TFLOP/s on an H200 (measured), where 64x16
+    # tiles in parts of 16 give 10, and "ieee" 7.
     "hopper": (
-        replace(_FLOAT_TENSOR, most=64, block_n=32, rest=32),
-        _FLOAT_TENSOR,
+        Row(128, 128, 32, 8, 1, widest=64, widest_e=64, rest=32, exact="bf16x6"),
         _FLOAT_ORDINARY[-1],
     ),
 }
