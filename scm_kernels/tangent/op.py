@@ -49,16 +49,17 @@ def normalized_tangent(
         warmup: r in [0, 1], the paper's min(1, step / 10000); a number, or a floating tensor of
             shape [] or [B], whose values are not checked (that would wait for the device).
         sigma_data: sd > 0, the standard deviation of the data.
-        c: At least 0; None is 0.1. Where c = 0, a sample with g = 0 is 0 / 0.
+        c: At least 0; None is 0.1. Where c = 0, a sample with g = 0 is 0 / 0, also under "zero".
         preset: "paper" or "sana", as above; "rms", which has ||g|| / sqrt(D) for ||g||, D the
             elements a sample; "rcm", which has
             g = -cos t sqrt(1 - r^2 sin^2 t) (sd F - dx/dt) - (r cos t sin t x_t + sd J).
-        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity becomes NaN; "zero":
-            it becomes zeros; None: "zero" for "rcm", else "propagate". No other sample is touched.
+        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity, or a ||g||^2 beyond
+            float64, becomes NaN; "zero": it becomes zeros; None: "zero" for "rcm", else
+            "propagate". No other sample is touched.
 
     Returns:
-        A tensor like output, in output's order of memory. Where autocast is on, the four inputs may
-        differ in dtype, and are taken in the widest.
+        A tensor like output, each sample in output's order of memory. Where autocast is on, the
+        four inputs may differ in dtype, and are taken in the widest.
 
     Raises:
         TypeError: an argument of a wrong type, or a tensor of a wrong dtype.
@@ -133,11 +134,13 @@ def consistency_loss(
             shape [] or [B], whose values are not checked (that would wait for the device).
             "meanflow": 1, it has none.
         sigma_data: sd > 0, the standard deviation of the data. "meanflow" does not use it.
-        c: At least 0; None is 0.1, for "meanflow" 0.01. Where c = 0, a sample with g = 0 is 0 / 0.
+        c: At least 0; None is 0.1, for "meanflow" 0.01. Where c = 0, a sample with g = 0 is 0 / 0,
+            also under "zero".
         preset: A row of the table.
-        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity has the loss NaN;
-            "zero": it gives 0 to the loss, no gradient to output or log_weight, and still counts in
-            the mean; None: "zero" for "rcm", else "propagate". No other sample is touched.
+        nan_policy: "propagate": a sample whose g or F has a NaN or an infinity, or a ||g||^2 beyond
+            float64, has the loss NaN; "zero": it gives 0 to the loss, no gradient to output or
+            log_weight, and still counts in the mean; None: "zero" for "rcm", else "propagate". No
+            other sample is touched.
         reduction: "mean" over samples (NaN if B = 0), or "none".
 
     Returns:

@@ -26,8 +26,9 @@ second derivative is that of 2 dq (F - F^-) and that of -2 dq G in dq. `library.
 and differentiates step "apply", any a F + b V + k X + d J, for the second: it is linear in its
 scalars.
 
-Half inputs are combined in float32, float64 ones in float64. Squares are summed in float64: the
-square of no float32 overflows there, and the order of the sum does not show.
+Half inputs are combined in float32, float64 ones in float64, by scalars of that dtype: from inputs
+of 1e30 on the gradient's are so small that they lose digits in float32. Squares are summed in
+float64: the square of no float32 overflows there, and the order of the sum does not show.
 """
 
 import math
