@@ -83,7 +83,7 @@ def test_pytorchs_backward_stands_back_where_it_is_slower(
     architecture, features, served, flash, monkeypatch
 ):
     q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features), dtype=F32)
-    problem = SimpleNamespace(q=q)
+    problem = SimpleNamespace(q=q, v=SimpleNamespace(shape=q.shape))
     monkeypatch.setattr(torch_backward, "refuses", lambda problem: None)
     refusal = None if flash else "for a test"
     monkeypatch.setattr(torch_backward, "_flash_refuses", lambda problem: refusal)

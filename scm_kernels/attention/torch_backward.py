@@ -46,7 +46,8 @@ def serves(problem: Backward, chosen: ModuleType) -> bool:
 
 def _slower(p: Backward) -> bool:
     """Whether Triton's kernels take the problem in less time than PyTorch's on a GPU."""
-    features, architecture = p.q.shape[3], _triton.architecture(p.q.device)
+    features = max(p.q.shape[3], p.v.shape[3])
+    architecture = _triton.architecture(p.q.device)
     if _flash_refuses(p) is None:
         return features <= _FLASH_SLOWER.get(architecture, 0)
     if p.q.dtype != torch.float32 or switch() == "ieee":

@@ -186,9 +186,9 @@ _FLOAT_ORDINARY = (
 )
 _FLOAT = {  # families that have room for it and where it is known to pay
     "large": (_FLOAT_TENSOR, _FLOAT_ORDINARY[-1]),
-    # Two groups of four warps, whose queries are split into bfloat16 again at every tile of keys:
-    # so those are tall, and products wide. At D = 128 51 TFLOP/s on an H200 (measured), where 64x16
-    # tiles in parts of 16 give 10, and "ieee" 7.
+    # Two groups of four warps, and products as large as registers allow, which are an instruction
+    # each of such a group. At D = 128 51 TFLOP/s on an H200 (measured), where the tiles above, in
+    # parts of 16 features, give 10, and "ieee" 7.
     "hopper": (
         Row(128, 128, 32, 8, 1, widest=64, widest_e=64, rest=32, exact="bf16x6"),
         _FLOAT_ORDINARY[-1],
