@@ -307,7 +307,11 @@ def few(times, noise=A, network=velocity_field, **options):
         (lambda: few(["1"]), TypeError, "times: got str '1', expected a number"),
         (lambda: few([1.1], noise=A.int()), TypeError, "noise: got a int32"),
         (lambda: few([1.1], network=lambda x, t: x[:1]), ValueError, "network: it returned .*1, 2"),
-        (lambda: few([1.1], network=lambda x, t: (x, t)), ValueError, "network: it returned tuple"),
+        (
+            lambda: few([1.1], network=lambda x, t: (x, t)),
+            ValueError,
+            "network: it returned a tuple",
+        ),
         (lambda: ode(steps=0), ValueError, "steps: got 0, expected at least 1"),
         (lambda: ode(steps=2.0), TypeError, "steps: got float 2.0, expected an int"),
         (lambda: ode(method="rk4"), ValueError, "method: got 'rk4', expected 'heun' or 'euler'"),
