@@ -108,10 +108,11 @@ def _block(case: Case, device: str) -> Problem:
     def provider(name: str, jvp: Callable, **rest) -> Provider:
         return Provider(name, lambda: run(jvp, block, x, c, tx, tc), **rest)
 
-    dense, eager = _dense(case, "forward"), stock(case, device)(eager_jvp)
+    dense, as_stock = _dense(case, "forward"), stock(case, device)
+    eager = as_stock(eager_jvp)
     everyone = [
         provider(providers.EAGER, eager, memory=dense),
-        _compiled_block(stock(case, device), block, (x, c), (tx, tc), dense),
+        _compiled_block(as_stock, block, (x, c), (tx, tc), dense),
         Provider(providers.SDPA, _without_tangent(block, x, c)),
     ]
     for name, reason, force in providers.in_order(device):
@@ -138,10 +139,12 @@ def _without_tangent(block: nn.Module, x: Tensor, c: Tensor) -> Callable:
     return run
 
 
-def _compiled_block(stock: Callable, block: nn.Module, primals, tangents, memory: int) -> Provider:
+def _compiled_block(
+    as_stock: Callable, block: nn.Module, primals, tangents, memory: int
+) -> Provider:
     function = providers.compiled(lambda p, t: eager_jvp(block, p, t))
 
-    @stock
+    @as_stock
     def run() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return function(primals, tangents)

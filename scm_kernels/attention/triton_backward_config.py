@@ -325,37 +325,28 @@ _FLOAT = {
 }
 
 
-def _float_tensor(tall: Row, wide: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
+def _float_tensor(tall: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
     """Float32 on tensor cores (see `triton_config.py`): `tall` tiles for what is summed for rows,
-    `wide` ones for keys. They wait for shared memory a fifth to a sixth of the time that ordinary
-    cores do (counted by the simulator at D = 64 and 128). They, too, have one loop; through both
-    outputs more features than 64 would spill."""
-    tall_both = (replace(tall, most=64), *_FLOAT_BOTH)
-    return {
-        ("keys", "out"): (wide, _FLOAT["keys", "out"][-1]),
-        ("keys", "both"): (replace(wide, most=64), *_FLOAT["keys", "both"][1:]),
-        ("queries", "out"): (tall, _FLOAT["queries", "out"][-1]),
-        ("queries", "both"): tall_both,
-        ("queries", "both, dtq"): tall_both,
-        ("mask", "out"): (tall, _FLOAT["mask", "out"][-1]),
-        ("mask", "both"): tall_both,
-    }
+    the same turned for keys. They wait for shared memory a fifth to a sixth of the time that
+    ordinary cores do (counted by the simulator at D = 64 and 128). They, too, have one loop;
+    through both outputs more features than 64 would spill, or take minutes to compile."""
+    wide = replace(tall, block_m=tall.block_n, block_n=tall.block_m)
+    tables = {}
+    for (kernel, through), ordinary in _FLOAT.items():
+        if kernel != "rows":  # it has no products
+            row = wide if kernel == "keys" else tall
+            row = replace(row, most=128 if through == "out" else 64)
+            tables[kernel, through] = (row, *(x for x in ordinary if x.most > row.most))
+    return tables
 
 
 _FLOAT_TENSOR = {
-    "large": _float_tensor(
-        Row(128, 64, 16, 4, 2, widest=16, exact="bf16x6"),
-        Row(128, 16, 64, 4, 2, widest=16, exact="bf16x6"),
-    ),
+    "large": _float_tensor(Row(128, 64, 16, 4, 2, widest=16, exact="bf16x6")),
     # Measured on an H200, 2x8x2048x2048: through both outputs 4.3 ms at D = 64, where 16 rows in
     # flight give 6.2 and tiles of 64 rows 6 to 19; through out 2.8 ms at D = 128, for 3.9 and 2.9
     # to 13.
-    "hopper": _float_tensor(
-        Row(128, 128, 32, 8, 1, widest=64, exact="bf16x6"),
-        Row(128, 32, 128, 8, 1, widest=64, exact="bf16x6"),
-    ),
+    "hopper": _float_tensor(Row(128, 128, 32, 8, 1, widest=64, exact="bf16x6")),
 }
-
 
 # Of the keys' kernel through both outputs that adds up dq by atomics, without a mask: 12 products a
 # tile in place of 18. By family and the most features, where it is faster; parts of features and
