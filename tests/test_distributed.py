@@ -1,4 +1,4 @@
-"""DDP, FSDP2, checkpointing, autocast and hooks of saved tensors around and inside of a jvp."""
+"""DDP, FSDP2, autocast and hooks of saved tensors around and inside of a jvp."""
 
 import copy
 import os
@@ -7,8 +7,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from networks import DiT, close, dit_case, gradients, stock_jvp, true_jvp
+from networks import close, dit_case, gradients, stock_jvp, true_jvp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,13 +56,30 @@ def own_part(rank):
     return slice(2 * rank, 2 * rank + 2)
 
 
-def ddp(rank, through):
+class Kept(nn.Module):
+    """A block in a checkpoint."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return checkpoint(self.block, *args, use_reentrant=False)
+
+
+def checkpointed():
+    module = network()
+    module.blocks = nn.ModuleList(map(Kept, module.blocks))
+    return module
+
+
+def ddp(rank, through, network=network):
     module = nn.parallel.DistributedDataParallel(Step(network(), through))
     train(module, module.parameters(), own_part(rank))
     return [p.detach() for p in module.module.network.parameters()]
 
 
-def fsdp(rank, through, inside=True):
+def fsdp(rank, through, inside=True, network=network):
     from torch.distributed.fsdp import fully_shard
 
     module = Step(network(), through)
@@ -79,16 +95,26 @@ def jvp_of_fsdp(rank, through):
     return fsdp(rank, through, inside=False)
 
 
+def ddp_of_checkpoints(rank, through):
+    return ddp(rank, through, network=checkpointed)
+
+
+def fsdp_of_checkpoints(rank, through):
+    return fsdp(rank, through, network=checkpointed)
+
+
+WAYS = [
+    *((way, through) for way in (ddp, fsdp, jvp_of_fsdp) for through in (False, True)),
+    *((way, False) for way in (ddp_of_checkpoints, fsdp_of_checkpoints)),
+]
+
+
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        results = {
-            f"{way.__name__} {through}": way(rank, through)
-            for way in (ddp, fsdp, jvp_of_fsdp)
-            for through in (False, True)
-        }
+        results = {f"{way.__name__} {through}": way(rank, through) for way, through in WAYS}
         if rank == 0:
             torch.save(results, folder / "results.pt")
         dist.barrier()  # neither process ends while the other still talks to it
@@ -107,90 +133,23 @@ def trained(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
-@THROUGH
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "jvp_of_fsdp"])
+@pytest.mark.parametrize(("way", "through"), WAYS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_two_processes_train_as_one(trained, way, through):
     module = Step(network(), through)
     before = [p.detach().clone() for p in module.parameters()]
     train(module, module.parameters())
     after = [p.detach() for p in module.network.parameters()]
     assert any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    close(list(trained[f"{way} {through}"]), after, 1e-10)
+    close(list(trained[f"{way.__name__} {through}"]), after, 1e-10)
 
 
-# --- checkpointing --------------------------------------------------------------------------------
+# --- hooks of saved tensors, autocast -------------------------------------------------------------
 
 
 def results(network, primals, tangents, run, through):
     parameters = list(network.parameters())
     out, t_out = run(network, primals, tangents)
     return out, t_out, gradients(out, t_out, parameters, through_tangent=through)
-
-
-@THROUGH
-def test_checkpoint_around_a_jvp(through):
-    network, primals, tangents = dit_case()
-
-    def ours(network, primals, tangents):
-        return scm_kernels.jvp(network, primals, tangents, tangent_grad=through)
-
-    def around(network, primals, tangents):
-        def run(x, t, tx, tt):
-            return ours(network, (x, t), (tx, tt))
-
-        return checkpoint(run, *primals, *tangents, use_reentrant=False)
-
-    want = results(network, primals, tangents, ours, through)
-    parameters = list(network.parameters())
-    out, t_out = around(network, primals, tangents)
-    loss = (out * (t_out if through else t_out.detach())).sum()
-    got = torch.autograd.grad(loss, parameters)
-    close((out, t_out), want[:2])
-    out, t_out = true_jvp(network, primals, tangents)
-    loss = (out * (t_out if through else t_out.detach())).sum()
-    close(got, torch.autograd.grad(loss, parameters))
-
-
-class Checkpointed(DiT):
-    def forward(self, x, t):
-        c = self.embed(torch.stack([t.cos(), t.sin()], dim=-1))
-        for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False)
-        return x
-
-
-@THROUGH
-def test_checkpoint_inside_a_jvp_is_right_or_raises(through):
-    """The recomputation runs outside of the level: values are right, the backward right or none."""
-    network, primals, tangents = dit_case()
-    inside = Checkpointed().double()
-    inside.load_state_dict(network.state_dict())
-    truth = true_jvp(network, primals, tangents)
-    out, t_out = scm_kernels.jvp(inside, primals, tangents, tangent_grad=through)
-    close((out, t_out), truth)
-    parameters = list(inside.parameters())
-    try:
-        got = torch.autograd.grad(out.sum(), parameters, allow_unused=True)
-    except RuntimeError as error:
-        assert "checkpoint" in str(error)  # noqa: PT017
-        return
-    close(list(got), list(torch.autograd.grad(truth[0].sum(), list(network.parameters()))))
-
-
-def test_checkpoint_of_linear_layers_inside_a_jvp():
-    """Of functions of the table alone nothing is saved for the tangent: it works."""
-    weight = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    x, tx = torch.randn(2, 4, 6, dtype=torch.float64)
-
-    def block(x):
-        return F.linear(F.linear(x, weight), weight)
-
-    out, _ = scm_kernels.jvp(lambda x: checkpoint(block, x, use_reentrant=False), (x,), (tx,))
-    got = torch.autograd.grad(out.square().sum(), weight)
-    close(got, torch.autograd.grad(block(x).square().sum(), weight))
-
-
-# --- hooks of saved tensors, autocast -------------------------------------------------------------
 
 
 @THROUGH

@@ -300,23 +300,18 @@ def test_bfloat16_autocast(build):
         assert error <= 2 * lo_error + 1e-3 * true.abs().mean()
 
 
-@pytest.mark.parametrize("build", [dit, sana], ids=lambda f: f.__name__)
-def test_gradient_checkpointing_is_right_or_raises(build):
-    """Around a jvp it works; inside, the recomputation sees no tangents."""
-    network, primals, tangents = make(build, torch.float64)
+@EVERY
+def test_gradient_checkpointing(build, dtype, rtol):
+    """Parts that stay in float32 are rounded as by another formula of the same derivative."""
+    network, primals, tangents = make(build, dtype)
     parameters = list(network.parameters())
-    want = gradients(
-        *scm_kernels.jvp(network, primals, tangents), parameters, through_tangent=False
-    )
+    plain = scm_kernels.jvp(network, primals, tangents)
     network.model.enable_gradient_checkpointing()
     result = scm_kernels.jvp(network, primals, tangents)
-    close(tuple(result), tuple(true_jvp(network, primals, tangents)), 1e-11)
-    try:
-        got = gradients(*result, parameters, through_tangent=False)
-    except RuntimeError as error:
-        assert "checkpoint" in str(error)  # noqa: PT017
-    else:
-        close(got, want, 1e-10)
+    close(tuple(result), tuple(plain), max(rtol, 1e-7))
+    want = gradients(*plain, parameters, through_tangent=False)
+    got = gradients(*result, parameters, through_tangent=False)
+    close(got, want, max(10 * rtol, 1e-6))
 
 
 @pytest.mark.slow

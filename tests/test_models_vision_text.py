@@ -135,3 +135,33 @@ def test_timm(name):
 def test_transformers(name):
     torch.manual_seed(0)
     check(*transformers_model(name))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("name", [*TIMM, *TRANSFORMERS])
+def test_gradient_checkpointing(name):
+    torch.manual_seed(0)
+    network, shape = timm_model(name) if name in TIMM else transformers_model(name)
+    network = network.double().eval()
+    parameters = list(network.parameters())
+    x, tx = torch.randn(2, *shape, dtype=torch.float64)
+    plain = scm_kernels.jvp(network, (x,), (tx,))
+    if name in TIMM:
+        network.model.set_grad_checkpointing()
+    else:
+        network.model.gradient_checkpointing_enable({"use_reentrant": False})
+        train_without_dropout(network)
+    result = scm_kernels.jvp(network, (x,), (tx,))
+    close(tuple(result), tuple(plain), 1e-7)  # norms of some are in float32
+    want = gradients(*plain, parameters, through_tangent=False)
+    close(gradients(*result, parameters, through_tangent=False), want, 1e-6)
+
+
+def train_without_dropout(network):
+    """transformers has checkpoints in training alone."""
+    for module in network.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout_prob", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from scm_kernels import _backends, _checks, _library, _plans
+from scm_kernels import _backends, _checkpoint, _checks, _library, _plans
 from scm_kernels._duals import (
     Dual,
     current_level,
@@ -95,15 +95,8 @@ def dual_attention(
     # Every input is looked at: the first dual one must not hide a batched one.
     pairs = [unpack_here(x) for x in inputs] if forward_ad._current_level >= 0 else []
     if all(tangent is None for _, tangent in pairs):
-        if _learned_outside(attn_mask):
-            q, k, v, mask = _autocast(inputs)
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )[0]
         try:
-            return F.scaled_dot_product_attention(
-                *inputs, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return _stock(inputs, dropout_p, is_causal, scale, enable_gqa)
         except NotImplementedError as error:
             if not any(map(is_dual_outside, inputs)):
                 raise
@@ -118,8 +111,12 @@ def dual_attention(
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
         (q, tq), (k, tk), (v, tv), (mask, tmask) = pairs
         tensors = _autocast((q, k, v, tq, tk, tv, mask, tmask))
-        with nullcontext() if apart else _inside_level():
+        beside = not tangent_grad and _checkpoint.looks_on()
+        recording = _checkpoint.unrecorded() if beside else nullcontext()
+        with recording, nullcontext() if apart else _inside_level():
             out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
+        if beside:
+            out = _stock([primal for primal, _ in pairs], 0.0, is_causal, scale, enable_gqa)
         return Dual(out, t_out) if apart else make_dual(out, t_out)
 
 
@@ -179,6 +176,17 @@ def attention_jvp(
 
 
 # --- dual tensors ---------------------------------------------------------------------------------
+
+
+def _stock(inputs, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
+    """PyTorch's own function, of what is not dual at the innermost level."""
+    if _learned_outside(inputs[3]):
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            *_autocast(inputs), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    return F.scaled_dot_product_attention(
+        *inputs, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _learned_outside(mask: object) -> bool:

@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from scm_kernels._checkpoint import BACKWARD, IN_PLACE, REPEATABLE, looks_on, selects, unrecorded
 from scm_kernels._duals import (
     Dual,
     apart,
@@ -33,10 +34,13 @@ _LINEAR = frozenset(
         *("expand_as", "transpose", "permute", "movedim", "chunk", "split", "unbind", "select"),
         *("narrow", "__getitem__", "contiguous", "clone", "to", "float", "type_as", "cat", "stack"),
         *("pad", "repeat", "roll", "flip", "add", "sub", "neg", "__neg__", "sum", "mean", "where"),
+        *("bfloat16", "cumsum", "diff", "double", "gather", "half", "index_select", "interpolate"),
+        *("masked_fill", "repeat_interleave", "swapaxes", "tril", "triu", "t"),
     )
     for place in (torch, Tensor, F)
     if hasattr(place, name)
-)
+) | {Tensor.T.__get__, Tensor.mT.__get__}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
 
@@ -79,13 +83,21 @@ class Fused(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is checkpoint:
             return self._checkpoint(*args, **kwargs)
-        level = current_level()
+        level, eager = current_level(), not torch.compiler.is_compiling()
+        if eager and func in BACKWARD and level == 0 and _PLAIN.issuperset(types):
+            with self:
+                return BACKWARD[func](*args, **kwargs)
         self.tangent_grad = self.forget_level is None or self.forget_level != level
         rule = RULES.get(func)
-        if rule is None and not torch.compiler.is_compiling():
+        if rule is None and eager:
             rule = EAGER_RULES.get(func)
         if rule is not None:
             out = self._by_rule(rule, level, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        selective = not self.tangent_grad and selects()
+        if not self.tangent_grad and _may_be_repeated(func, selective) and looks_on():
+            out = self._beside(func, level, args, kwargs)
             if out is not NotImplemented:
                 return out
         custom = _is_custom(func)
@@ -94,7 +106,9 @@ class Fused(TorchFunctionMode):
         out = func(*args, **kwargs)
         if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
-        if self.tangent_grad or (not torch.compiler.is_compiling() and func in _LINEAR):
+        if selective:
+            _refuse_numbered_tangents(func, (args, kwargs), out)
+        if self.tangent_grad or (eager and func in _LINEAR):
             return out
         return _forget_graph(out, level)
 
@@ -134,6 +148,45 @@ class Fused(TorchFunctionMode):
             self.dual = make_dual
             return rule(self, *args, **kwargs)
         return NotImplemented
+
+    def _beside(self, func, level: int, args, kwargs):
+        """The primal as autograd records it of PyTorch's own, and beside it the tangent."""
+        if kwargs.get("out") is not None or jvp_at_work() is None:
+            return NotImplemented
+        if not any(map(has_tangent, pytree.tree_leaves(args))):
+            return NotImplemented
+        values, options = pytree.tree_map_only(
+            Tensor, lambda x: apart(x, level).primal, (args, kwargs)
+        )
+        written = args[0] if _is_in_place(func, args, kwargs) else None
+        if written is not None:
+            args, values = (written.clone(), *args[1:]), (values[0].clone(), *values[1:])
+        with unrecorded():
+            duals = func(*args, **kwargs)
+        with outside():
+            out = func(*values, **options)
+        out = pytree.tree_map(lambda x, dual: _with_tangent(x, dual, level), out, duals)
+        return out if written is None else written.copy_(out)
+
+
+def _with_tangent(x: Tensor, dual: Tensor, level: int) -> Tensor:
+    tangent = apart(dual, level).tangent
+    return x if tangent is None else make_dual(x, tangent)
+
+
+def _may_be_repeated(func, selective: bool) -> bool:
+    """Whether a checkpoint can have the primal of a function by itself, and has to."""
+    if torch.compiler.is_compiling():
+        return False
+    if selective:  # which numbers the ops of linear functions too
+        return func in _LINEAR or (func in REPEATABLE and func not in IN_PLACE)
+    return func in REPEATABLE
+
+
+def _is_in_place(func, args, kwargs) -> bool:
+    if func in IN_PLACE or kwargs.get("inplace"):
+        return True
+    return getattr(func, "__module__", None) == F.__name__ and any(x is True for x in args)
 
 
 def _has_tangent(x: object) -> bool:
@@ -192,6 +245,19 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
                 "scm_kernels.transforms.rules.RULES, or pass it x.detach() if it is meant to be "
                 "constant."
             )
+
+
+def _refuse_numbered_tangents(func, inputs, outputs) -> None:
+    """Raise where a selective checkpoint saw the ops of a tangent as well."""
+    unchanged = set(map(id, pytree.tree_leaves(inputs)))  # by a dropout of nothing, for one
+    results = pytree.tree_leaves(outputs)
+    written = getattr(func, "__name__", "").endswith("_")
+    if any(has_tangent(x) and (written or id(x) not in unchanged) for x in results):
+        raise NotImplementedError(
+            f"{func}: in a selective checkpoint inside of a jvp this function cannot be computed "
+            "again, as it may draw random numbers or write to its input; take a plain checkpoint, "
+            "or keep the function out of it"
+        )
 
 
 def _forget_graph(out, level: int):

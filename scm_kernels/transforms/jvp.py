@@ -27,7 +27,9 @@ def jvp(
     model. `out` keeps its autograd graph, so that the network's parameters get gradients through
     it. With `tangent_grad` False no graph and no saved activation is kept for `t_out`: one pass
     serves both the target of a consistency model and the gradient, in the memory of an ordinary
-    forward.
+    forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
+    compute the primals again. With `tangent_grad` True their backward raises PyTorch's
+    `CheckpointError`: a checkpoint belongs around the jvp.
 
     Args:
         func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with

@@ -12,12 +12,13 @@ from contextlib import nullcontext
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+from scm_kernels._checkpoint import unrecorded
 from scm_kernels._duals import Dual, primals, unpack
 
 
 def tangent_context(mode):
     """Where a rule computes a tangent: autograd looks away unless the mode says otherwise."""
-    return nullcontext() if mode.tangent_grad else torch.no_grad()
+    return nullcontext() if mode.tangent_grad else unrecorded()
 
 
 def on_primals(func, *operands, composite: bool = False):

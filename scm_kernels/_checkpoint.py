@@ -1,0 +1,114 @@
+"""Activation checkpoints, `torch.utils.checkpoint` (non-reentrant), on dual tensors.
+
+A checkpoint keeps its inputs, and its backward computes the forward again for what autograd had
+saved. It insists on as many tensors, in the order of the first time.
+
+Inside of `scm_kernels.jvp` with no graph for the tangents, what is computed again are the primals,
+by PyTorch's own functions, as the level is closed by then. So where a checkpoint looks on, autograd
+records the primal of each function as PyTorch's own, and the tangent is computed beside it.
+
+A selective checkpoint numbers the ops that it sees, and hands out what it has kept by number: there
+all tangents are computed out of its sight, and a function for which that cannot be is refused.
+
+Inside of an open `forward_ad.dual_level`, the backward runs within `scm_kernels.fused()` too, and
+computes dual tensors again on the paths of the first time.
+"""
+
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
+
+_ACTIVATIONS = (
+    *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
+    *("logsigmoid", "log_softmax", "mish", "prelu", "relu", "relu6", "selu", "sigmoid", "silu"),
+    *("softmax", "softmin", "softplus", "softsign", "tanh", "tanhshrink"),
+)
+_POINTWISE = (
+    *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "clamp", "clamp_max"),
+    *("clamp_min", "clip", "cos", "cosh", "div", "divide", "erf", "erfc", "exp", "exp2", "expm1"),
+    *("float_power", "hypot", "lerp", "log", "log10", "log1p", "log2", "logaddexp", "maximum"),
+    *("minimum", "mul", "multiply", "pow", "reciprocal", "rsqrt", "sin", "sinc", "sinh", "sqrt"),
+    *("square", "tan", "true_divide", "__mul__", "__pow__", "__rmul__", "__rpow__"),
+    *("__rtruediv__", "__truediv__"),
+)
+_OVER_DIMENSIONS = (
+    *("amax", "amin", "cosine_similarity", "cumprod", "logcumsumexp", "logsumexp", "max", "min"),
+    *("norm", "normalize", "prod", "std", "std_mean", "var", "var_mean", "vector_norm"),
+    *("addbmm", "addmm", "addmv", "baddbmm", "dot", "mv", "outer", "tensordot"),
+)
+
+
+def _functions(names) -> frozenset:
+    places = (torch, Tensor, F, torch.linalg, torch.special)
+    return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
+
+
+_NAMES = (*_ACTIVATIONS, *_POINTWISE, *_OVER_DIMENSIONS)
+IN_PLACE = _functions(
+    [f"{name}_" for name in _NAMES] + ["__imul__", "__ipow__", "__itruediv__", "__idiv__"]
+)
+# Functions that may be called twice, as they draw no random numbers. Linear ones need not be in
+# here: their tangents save nothing.
+REPEATABLE = _functions(_NAMES) | IN_PLACE
+
+
+def looks_on() -> bool:
+    """Whether a checkpoint takes the place of what autograd saves."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+
+
+def selects() -> bool:
+    """Whether a selective checkpoint (`create_selective_checkpoint_contexts`) numbers the ops."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(isinstance(x, _CachingTorchDispatchMode) for x in _get_current_dispatch_mode_stack())
+
+
+def unrecorded() -> AbstractContextManager:
+    """Where tangents are computed that nothing is to be kept of."""
+    return _out_of_sight() if selects() else torch.no_grad()
+
+
+@contextmanager
+def _out_of_sight():
+    with torch.no_grad(), _disable_current_modes():
+        yield
+
+
+def _blind(function: Callable) -> Callable:
+    """A copy of a function of `torch.autograd` that does not look for modes."""
+    copy = types.FunctionType(
+        function.__code__,
+        {**vars(torch.autograd), "has_torch_function": lambda tensors: False},
+        function.__name__,
+        function.__defaults__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_backward = _blind(torch.autograd.backward)
+
+
+def _tensor_backward(
+    tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None
+) -> None:
+    _backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+# To a mode a backward is a function like any other, which runs with the mode popped. These run in
+# the mode that calls them.
+BACKWARD = {
+    Tensor.backward: _tensor_backward,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: _blind(torch.autograd.grad),
+}

@@ -1,0 +1,319 @@
+"""Activation checkpoints (non-reentrant) around and inside of a jvp, and in a dual level."""
+
+from contextlib import suppress
+from functools import partial
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from networks import DiT, close, dit_case, gradients, true_jvp
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointError,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import scm_kernels
+
+THROUGH = pytest.mark.parametrize("through", [False, True], ids=["detached", "recorded"])
+WIDTH = 8
+keep = partial(checkpoint, use_reentrant=False)
+
+
+# --- around ---------------------------------------------------------------------------------------
+
+
+@THROUGH
+def test_around_a_jvp(through):
+    network, primals, tangents = dit_case()
+
+    def run(x, t, tx, tt):
+        return scm_kernels.jvp(network, (x, t), (tx, tt), tangent_grad=through)
+
+    truth = true_jvp(network, primals, tangents)
+    result = keep(run, *primals, *tangents)
+    close(result, truth)
+    parameters = list(network.parameters())
+    got = gradients(*result, parameters, through_tangent=through)
+    close(got, gradients(*truth, parameters, through_tangent=through))
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def rotate(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def rms(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def attend(q, k, **options):
+    return F.scaled_dot_product_attention(q[None, None], k[None, None], q[None, None], **options)
+
+
+def multi_head(h, w, x, *, need_weights):
+    return F.multi_head_attention_forward(
+        *(h[:, None], h[:, None], x[:, None], WIDTH, 2, torch.cat([w, w + 1, w.sin()]), None),
+        *(None, None, False, 0.0, w.cos(), None, True),
+        need_weights=need_weights,
+    )[0]
+
+
+def scaled_in_place(h, w, x):
+    h = h * 2
+    h *= w[0]
+    h.add_(x).sin_().mul_(x.cos()).div_(2.0)
+    h[:2].mul_(w[1])
+    return F.silu(F.relu(h, True).add(1), inplace=True)
+
+
+# name: function of h = x w + b, which has a tangent, of w, b and of x.
+FUNCTIONS = {
+    "attention": lambda h, w, x: attend(h, x),
+    "causal attention": lambda h, w, x: attend(h, h @ w, is_causal=True, scale=0.3),
+    "learned mask": lambda h, w, x: attend(h, x, attn_mask=w[:, :1] + w[:, 1]),
+    "op of this package": lambda h, w, x: scm_kernels.scaled_dot_product_attention(
+        h[None, None], x[None, None], h[None, None]
+    ),
+    "multi-head": partial(multi_head, need_weights=False),
+    "multi-head with weights": partial(multi_head, need_weights=True),
+    "layer norm": lambda h, w, x: F.layer_norm(h, (WIDTH,), w[0], w[1]),
+    "rms norm": lambda h, w, x: F.rms_norm(h, (WIDTH,), w[0]),
+    "group norm": lambda h, w, x: F.group_norm(h.T[None], 2, w[0], w[1]),
+    "batch norm": lambda h, w, x: F.batch_norm(h, None, None, w[0], training=True),
+    "by hand": lambda h, w, x: rms(h) * w[0],
+    "modulated": lambda h, w, x: x + w[0] * F.layer_norm(h, (WIDTH,)) * (1 + w[1]) + w[2],
+    "feed-forward": lambda h, w, x: F.linear(F.gelu(F.linear(h, w), approximate="tanh"), w) + x,
+    "gated": lambda h, w, x: F.silu(h) * F.linear(x, w),
+    "rotated": lambda h, w, x: h * w[0].cos() + rotate(h) * w[0].sin(),
+    "convolution": lambda h, w, x: F.conv1d(h[None], w[:, :, None], padding="same").tanh(),
+    "softmax": lambda h, w, x: torch.einsum("ij,jk->ik", torch.softmax(h, -1), w).sigmoid(),
+    "quotient": lambda h, w, x: 1 / (2 + h.square()) + h / (3 + w[0] ** 2) - 2**x,
+    "several outputs": lambda h, w, x: torch.cat([h.max(dim=0)[0], *torch.var_mean(h, 0)]),
+    "normalized": lambda h, w, x: F.normalize(h, dim=-1) @ w + F.softplus(h).cumsum(0),
+    "constant": lambda h, w, x: F.softmax(w, -1)[0] + h,
+    "in place": scaled_in_place,
+    "random": lambda h, w, x: F.dropout(h, 0.5).sin(),
+}
+
+
+def matmuls(context, op, *args, **kwargs):
+    """Every second product is kept, and all of attention."""
+    name = op.overloadpacket.__name__
+    if name in ("mm", "addmm", "bmm"):
+        matmuls.seen[context.is_recompute] += 1
+        return matmuls.seen[context.is_recompute] % 2 == 1
+    return "attention" in name
+
+
+def everything(context, op, *args, **kwargs):
+    """But what writes to its input, and the means that `F.rms_norm` adds epsilon to in place."""
+    return not op._schema.is_mutable and op is not torch.ops.aten.mean.dim
+
+
+POLICIES = {"plain": None, "matmuls": matmuls, "everything": everything}
+
+
+def inside_case(name, policy=None):
+    """(the function in a checkpoint, the function, x, tx, what to differentiate in)"""
+    torch.manual_seed(0)
+    w, x, tx = torch.randn(3, WIDTH, WIDTH, dtype=torch.float64)
+    b = torch.randn(WIDTH, dtype=torch.float64)
+    leaves = [y.requires_grad_() for y in (w, b, x)]
+
+    def function(x):
+        return FUNCTIONS[name](F.linear(x, w, b), w, x)
+
+    matmuls.seen = [0, 0]
+    options = {}
+    if policy is not None:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return partial(keep, function, **options), function, x, tx, leaves
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        (name, policy)
+        for name in FUNCTIONS
+        for policy in POLICIES
+        if name != "random" and (name != "in place" or policy == "plain")
+    ],
+)
+def test_inside_a_jvp(name, policy):
+    """What is computed again are primals alone, and autograd finds the tensors that it saved."""
+    kept, function, x, tx, leaves = inside_case(name, POLICIES[policy])
+    plain = scm_kernels.jvp(function, (x,), (tx,))
+    result = scm_kernels.jvp(kept, (x,), (tx,))
+    close(result, true_jvp(function, (x,), (tx,)))
+    assert not result[1].requires_grad
+    got = gradients(*result, leaves, through_tangent=False)
+    close(got, gradients(function(x), plain[1], leaves, through_tangent=False))
+    assert max(y.abs().max() for y in got) > 0
+
+
+@pytest.mark.parametrize("name", ["in place", "random"])
+def test_refused_in_a_selective_checkpoint(name):
+    """What writes to its input or draws random numbers is not called a second time."""
+    kept, _, x, tx, _ = inside_case(name, matmuls)
+    with pytest.raises(NotImplementedError, match="selective checkpoint"):
+        scm_kernels.jvp(kept, (x,), (tx,))
+
+
+def test_random_numbers_are_drawn_once():
+    """Primal and tangent share them. The backward raises where PyTorch saves more for the two."""
+    kept, function, x, tx, leaves = inside_case("random")
+    results = []
+    for run in (kept, function):
+        torch.manual_seed(1)
+        results.append((*scm_kernels.jvp(run, (x,), (tx,)), torch.rand(())))
+    close(*results)
+    want, got = (partial(torch.autograd.grad, y[0].sum(), leaves) for y in reversed(results))
+    with suppress(CheckpointError):
+        close(got(), want())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_in_another(learned):
+    """PyTorch forgets that the inner one's input has a graph outside of the jvp: right, or none."""
+    weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64, requires_grad=True)
+    x, tx = torch.randn(2, WIDTH, WIDTH, dtype=torch.float64)
+    x.requires_grad_(learned)
+
+    def function(x, keep):
+        return keep(lambda h: (h @ weight).exp().sin(), x * 0.1).cos()
+
+    def nested(x):
+        return function(keep(partial(function, keep=keep), x), keep)
+
+    def plain(x):
+        def at_once(f, x):
+            return f(x)
+
+        return function(function(x, at_once), at_once)
+
+    out, t_out = scm_kernels.jvp(nested, (x,), (tx,))
+    close((out, t_out), true_jvp(plain, (x,), (tx,)))
+    if learned:
+        with pytest.raises(CheckpointError):
+            torch.autograd.grad(out.sum(), weight)
+    else:
+        got = torch.autograd.grad(out.sum(), weight)
+        close(got, torch.autograd.grad(plain(x).sum(), weight))
+
+
+def test_what_a_checkpoint_keeps():
+    """Its inputs, of all that a block computes."""
+    network, primals, tangents = dit_case(depth=3)
+
+    def saved(network, run):
+        shapes = []
+        hooks = lambda x: (shapes.append(x.shape), x)[1], lambda x: x
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            run(network)
+        return shapes
+
+    def ours(network):
+        return scm_kernels.jvp(network, primals, tangents)
+
+    kept = checkpointed(network)
+    assert saved(kept, ours) == saved(kept, lambda network: network(*primals))
+    assert len(saved(kept, ours)) < len(saved(network, ours)) / 4
+
+
+class Checkpointed(DiT):
+    def forward(self, x, t):
+        c = self.embed(torch.stack([t.cos(), t.sin()], dim=-1))
+        for block in self.blocks:
+            x = keep(block, x, c)
+        return x
+
+
+def checkpointed(network):
+    copy = Checkpointed(depth=len(network.blocks)).double()
+    copy.load_state_dict(network.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_a_network(dtype):
+    network, primals, tangents = dit_case()
+    network, kept = network.to(dtype), checkpointed(network).to(dtype)
+    primals, tangents = ([x.to(dtype) for x in xs] for xs in (primals, tangents))
+    parameters = list(network.parameters()), list(kept.parameters())
+    plain, result = (scm_kernels.jvp(f, tuple(primals), tuple(tangents)) for f in (network, kept))
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    close(result, plain, rtol)
+    want = gradients(*plain, parameters[0], through_tangent=False)
+    close(gradients(*result, parameters[1], through_tangent=False), want, rtol)
+
+
+def test_a_block_under_autocast():
+    network, primals, tangents = dit_case(torch.float32)
+    kept = checkpointed(network).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, result = (scm_kernels.jvp(f, primals, tangents) for f in (network, kept))
+    close(result, plain, 4e-2)
+    want = gradients(*plain, list(network.parameters()), through_tangent=False)
+    close(gradients(*result, list(kept.parameters()), through_tangent=False), want, 4e-2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_recorded_tangent_cannot_be_computed_again(policy):
+    """The level is closed by the time of the backward: values are right, the backward raises."""
+    kept, function, x, tx, leaves = inside_case("feed-forward", POLICIES[policy])
+    out, t_out = scm_kernels.jvp(kept, (x,), (tx,), tangent_grad=True)
+    close((out, t_out), true_jvp(function, (x,), (tx,)))
+    with pytest.raises(CheckpointError):
+        torch.autograd.grad(out.sum() + t_out.sum(), leaves)
+
+
+def test_an_identity_in_a_selective_checkpoint():
+    """A dropout of nothing draws nothing."""
+    weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64, requires_grad=True)
+    x, tx = torch.randn(2, WIDTH, WIDTH, dtype=torch.float64)
+    block = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.Identity())
+
+    def function(x):
+        return block(F.linear(x, weight)).sin()
+
+    contexts = partial(create_selective_checkpoint_contexts, everything)
+    out, t_out = scm_kernels.jvp(partial(keep, function, context_fn=contexts), (x,), (tx,))
+    close((out, t_out), true_jvp(function, (x,), (tx,)))
+    got = torch.autograd.grad(out.square().sum(), weight)
+    close(got, torch.autograd.grad(function(x).square().sum(), weight))
+
+
+# --- in a dual level ------------------------------------------------------------------------------
+
+BACKWARDS = {
+    "Tensor.backward": lambda loss, leaves: loss.backward(inputs=leaves),
+    "backward": lambda loss, leaves: torch.autograd.backward(loss, inputs=leaves),
+    "grad": lambda loss, leaves: torch.autograd.grad(loss, leaves),
+    "grad of a list": lambda loss, leaves: torch.autograd.grad(
+        [loss.sum()], leaves, grad_outputs=[torch.ones_like(loss)], create_graph=True
+    ),
+}
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("name", ["attention", "multi-head", "feed-forward", "quotient"])
+def test_backward_in_a_level(name, backward):
+    """The backward runs in the mode, and so does what a checkpoint computes again in it."""
+    kept, function, x, tx, leaves = inside_case(name)
+    results = []
+    for run in (kept, function):
+        with scm_kernels.fused(), forward_ad.dual_level():
+            out, t_out = forward_ad.unpack_dual(run(forward_ad.make_dual(x, tx)))
+            loss = out.sin().sum() + (t_out * t_out.cos()).sum()
+            if run is kept:
+                got = BACKWARDS[backward](loss, leaves) or [y.grad for y in leaves]
+            else:
+                got = torch.autograd.grad(loss, leaves)
+        results.append([forward_ad.unpack_dual(y)[0] for y in got])
+    close(*results)
