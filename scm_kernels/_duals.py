@@ -6,8 +6,6 @@ it is handed the parts of its dual tensors as they are outside of the jvp, compu
 it returns is made dual inside again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch._functorch.pyfunctorch import coerce_cinterpreter
 _functorch = torch._C._functorch
 # Not those of `forward_ad`, which for the sake of an export take twice as long.
 _unpack_dual, _make_dual = torch._VF._unpack_dual, torch._VF._make_dual
+_PARTS = "_scm_kernels_parts"  # of a dual tensor: (Dual, its version), which take long to find out
 
 
 class Dual(NamedTuple):
@@ -120,8 +119,18 @@ def apart(x: object, level: int) -> object:
         return [apart(y, level) for y in x] if isinstance(x, (list, tuple)) else x
     if _functorch.maybe_get_level(x) != level:
         return Dual(x, None)
-    primal, tangent = _parts(x)
-    return Dual(_unwrapped(primal, level), _unwrapped(tangent, level))
+    parts, version = getattr(x, _PARTS, (None, 0))
+    if parts is not None and x._version == version:
+        return parts
+    tangent = _parts(x)[1]
+    return Dual(_functorch.get_unwrapped(x), _unwrapped(tangent, level))
+
+
+def together(parts: Dual) -> Tensor:
+    """The dual tensor, inside of the jvp, of what was computed outside; `apart` undoes it."""
+    x = _make_dual(*parts, level=0)
+    setattr(x, _PARTS, (parts, x._version))
+    return x
 
 
 def _unwrapped(x: Tensor | None, level: int) -> Tensor | None:
@@ -130,14 +139,16 @@ def _unwrapped(x: Tensor | None, level: int) -> Tensor | None:
     return _functorch.get_unwrapped(x)
 
 
-@contextmanager
-def outside() -> Iterator[None]:
+class outside:  # noqa: N801  (a function to who uses it; a generator would take longer)
     """Outside of functorch's innermost transform, for tensors that are so too."""
-    layer = _functorch.pop_dynamic_layer_stack()
-    try:
-        yield
-    finally:
-        _functorch.push_dynamic_layer_stack(layer)
+
+    __slots__ = ("layer",)
+
+    def __enter__(self) -> None:
+        self.layer = _functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *error) -> None:
+        _functorch.push_dynamic_layer_stack(self.layer)
 
 
 def without_tangent_graph(x: object, level: int) -> object:

@@ -7,7 +7,7 @@ to follow what is written to it.
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import close, stock_jvp
+from networks import close, stock_jvp, true_jvp
 from torch import nn
 
 import scm_kernels
@@ -209,3 +209,23 @@ def test_writing_to_one_of_several_views_raises_as_in_pytorch(split):
     for jvp in (stock_jvp, scm_kernels.jvp):
         with pytest.raises(RuntimeError, match="view"):
             jvp(func, (x,), (tx,))
+
+
+def test_parts_of_a_dual_tensor_are_found_out_again_once_it_is_written_to():
+    """What a rule has made keeps its parts, of which a write may be no part of."""
+    x, tx = torch.randn(2, 4, 6, dtype=torch.float64)
+    w = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        y = x * w  # a rule's
+        z = y[:2]
+        z.mul_(x[:2])
+        y.sin_()
+        y = y + x
+        y[1:] = x[1:] * 3
+        return y * w
+
+    out, t_out = scm_kernels.jvp(function, (x,), (tx,))
+    truth = true_jvp(function, (x,), (tx,))
+    close((out, t_out), truth)
+    close(torch.autograd.grad(out.sum(), w), torch.autograd.grad(truth[0].sum(), w))

@@ -57,7 +57,7 @@ def binary(func, tangent, *, reflected: bool = False):
         if len(args) != 2 or kwargs or not all(map(_is_operand, args)):
             return NotImplemented
         (x, tx), (y, ty) = map(unpack, reversed(args) if reflected else args)
-        out = on_primals(func, *args)
+        out = on_primals(mode, func, *args)
         with tangent_context(mode):
             t_out = tangent(out, x, tx, y, ty)
         return mode.dual(out, t_out)
@@ -75,7 +75,7 @@ def activation(func, tangent):
         x, tx = unpack(args[0])
         if x.dtype.itemsize > 2:
             return NotImplemented
-        out = on_primals(lambda x: func(x, **options), *args)
+        out = on_primals(mode, lambda x: func(x, **options), *args)
         with tangent_context(mode):
             t_out = tangent(tx, x, **options)
         return mode.dual(out, t_out)

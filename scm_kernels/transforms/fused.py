@@ -17,6 +17,7 @@ from scm_kernels._duals import (
     jvp_at_work,
     make_dual,
     outside,
+    together,
     without_tangent_graph,
 )
 from scm_kernels._dynamo import never_compiled_alone
@@ -137,12 +138,12 @@ class Fused(TorchFunctionMode):
             ruled = any(map(has_tangent, (*args, *kwargs.values())))
         else:
             parts = [apart(x, level) for x in args]
-            named = {name: apart(x, level) for name, x in kwargs.items()}
-            if any(map(_has_tangent, (*parts, *named.values()))):
+            named = {name: apart(x, level) for name, x in kwargs.items()} if kwargs else kwargs
+            if any(map(_has_tangent, parts)) or any(map(_has_tangent, named.values())):
                 self.dual = Dual
                 with outside():
                     out = rule(self, *parts, **named)
-                return out if out is NotImplemented else make_dual(*out)
+                return out if out is NotImplemented else together(out)
             ruled = False
         if ruled or rule is attention:  # which looks for tangents of outer levels too
             self.dual = make_dual
@@ -171,7 +172,7 @@ class Fused(TorchFunctionMode):
 
 def _with_tangent(x: Tensor, dual: Tensor, level: int) -> Tensor:
     tangent = apart(dual, level).tangent
-    return x if tangent is None else make_dual(x, tangent)
+    return x if tangent is None else together(Dual(x, tangent))
 
 
 def _may_be_repeated(func, selective: bool) -> bool:

@@ -21,18 +21,16 @@ def tangent_context(mode):
     return nullcontext() if mode.tangent_grad else unrecorded()
 
 
-def on_primals(func, *operands, composite: bool = False):
+def on_primals(mode, func, *operands, composite: bool = False):
     """`func` of the primals of operands that may be dual, without the tangents.
 
     In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
     which saves results of its own, those too. functorch's transforms end before.
     """
-    if (
-        any(type(x) is Dual for x in operands)
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if mode.dual is Dual:
+        return func(*map(primals, operands))
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return func(*(unpack(x)[0] for x in operands))
     if composite:
         return unpack(func(*operands))[0]
@@ -53,7 +51,7 @@ def bilinear(func, *names: str):
             return func(x, w, *bias, *rest, **kwargs)
 
         padded = any(isinstance(option, str) for option in (*rest, *kwargs.values()))
-        out = on_primals(call, *operands, composite=padded)
+        out = on_primals(mode, call, *operands, composite=padded)
         t_biases = [tb for _, tb in biases]
         with tangent_context(mode):
             if tx is None and tw is None:
@@ -76,8 +74,9 @@ def einsum(mode, equation, *operands):
     if len(operands) == 1:  # no product; and what may be a view has to stay one
         return NotImplemented
     parts, tangents = zip(*map(unpack, operands), strict=True)
+    composite = len(operands) > 2
     out = on_primals(
-        lambda *operands: torch.einsum(equation, *operands), *operands, composite=len(operands) > 2
+        mode, lambda *operands: torch.einsum(equation, *operands), *operands, composite=composite
     )
     with tangent_context(mode):
         t_out = None

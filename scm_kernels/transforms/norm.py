@@ -40,7 +40,7 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, 
             t_out = _affine(out, t_xhat, w, None, tb)
         return mode.dual(out, t_out.to(out.dtype))
     out = on_primals(
-        lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
+        mode, lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
     )
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
@@ -53,7 +53,7 @@ def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
     (x, tx), (w, tw) = map(unpack, (input, weight))
     normalized_shape, eps = primals(normalized_shape), primals(eps)
     out = on_primals(
-        lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight, composite=True
+        mode, lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight, composite=True
     )
     with tangent_context(mode):
         dims = tuple(range(-len(normalized_shape), 0))
@@ -70,7 +70,9 @@ def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_
     """
     (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
     num_groups, eps = primals(num_groups), primals(eps)
-    out = on_primals(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
+    out = on_primals(
+        mode, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias
+    )
     with tangent_context(mode):
         # [B, groups, C / groups, ...]: views in any layout, channels_last too.
         split = num_groups, x.shape[1] // num_groups
@@ -140,7 +142,7 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
             "derivative in the running statistics"
         )
     (x, tx), (w, tw), (_, tb) = map(unpack, (input, weight, bias))
-    out = on_primals(forward, input, weight, bias, composite=True)
+    out = on_primals(mode, forward, input, weight, bias, composite=True)
     with tangent_context(mode):
         channels = (-1, *(1,) * (x.ndim - 2))
         w, tw, tb = (None if a is None else a.reshape(channels) for a in (w, tw, tb))
@@ -180,7 +182,8 @@ def _normalize(x, tx, dims: tuple[int, ...], eps: float, *, center: bool):
         return xhat, None
     if center:
         tx = tx - tx.mean(dims, keepdim=True)
-    return xhat, r * (tx - xhat * (xhat * tx).mean(dims, keepdim=True))
+    along = (xhat * tx).mean(dims, keepdim=True)
+    return xhat, r * torch.addcmul(tx, xhat, along, value=-1)
 
 
 def _affine(xhat: Tensor, t_xhat: Tensor | None, w, tw, tb) -> Tensor:
