@@ -26,22 +26,25 @@ void run(scm::Status (*kernel)(const Problem&), const Problem& problem) {
 
 void attention_forward(const Sizes& sizes, bool causal, float scale, int threads,
                        const std::vector<Address>& inputs, const Address& out, const Address& t_out,
-                       uintptr_t lse, uintptr_t mu) {
+                       uintptr_t lse, uintptr_t mu, uintptr_t lse_low) {
   auto p = scm::attention<scm::AttentionForward>(sizes, causal, scale, inputs);
   p.threads = threads;
   p.out = scm::tensor(out), p.t_out = scm::tensor(t_out);
   p.lse = reinterpret_cast<float*>(lse), p.mu = reinterpret_cast<float*>(mu);
+  p.lse_low = reinterpret_cast<float*>(lse_low);
   run(scm::kernels().attention_forward, p);
 }
 
 void attention_backward(const Sizes& sizes, bool causal, float scale, int threads,
                         const std::vector<Address>& inputs, const std::vector<Address>& saved,
-                        uintptr_t lse, uintptr_t mu, const std::vector<Address>& gradients) {
+                        uintptr_t lse, uintptr_t mu, uintptr_t lse_low,
+                        const std::vector<Address>& gradients) {
   auto p = scm::attention<scm::AttentionBackward>(sizes, causal, scale, inputs);
   p.threads = threads;
   scm::Tensor* from[] = {&p.out, &p.t_out, &p.dout, &p.dt_out};
   for (size_t i = 0; i < std::size(from); ++i) *from[i] = scm::tensor(saved.at(i));
   p.lse = reinterpret_cast<const float*>(lse), p.mu = reinterpret_cast<const float*>(mu);
+  p.lse_low = reinterpret_cast<const float*>(lse_low);
   scm::Tensor* to[] = {&p.dq, &p.dk, &p.dv, &p.dtq, &p.dtk, &p.dtv, &p.dmask, &p.dtmask};
   for (size_t i = 0; i < std::size(to); ++i) *to[i] = scm::tensor(gradients.at(i));
   run(scm::kernels().attention_backward, p);

@@ -35,13 +35,14 @@ struct Attention {
 struct AttentionForward : Attention {
   Tensor out, t_out;  // [b, h, m, e]
   float *lse, *mu;    // [b, h, m], contiguous
+  float* lse_low;     // the same, or null: what lse has lost by rounding
 };
 
 // dt_out absent: the gradient through out alone, which sees neither tangents, nor t_out, nor mu.
 // An absent gradient is one that nobody asks for.
 struct AttentionBackward : Attention {
   Tensor out, t_out, dout, dt_out;   // [b, h, m, e]
-  const float *lse, *mu;             // [b, h, m], contiguous
+  const float *lse, *mu, *lse_low;   // [b, h, m], contiguous; lse_low null: 0
   Tensor dq, dk, dv, dtq, dtk, dtv;  // any strides
   Tensor dmask, dtmask;              // [b, h, m, n] float32, to be added to; stride 0 sums
 };

@@ -5,7 +5,6 @@ A backend joins an op by one file, `scm_kernels/<op>/<backend>.py`, that holds
     unavailable() -> str | None     why this machine cannot run it, with the command that would help
     refuses(problem) -> str | None  why it does not take this combination of inputs
     <step>(problem) -> None         one function a step ("forward", ...): writes the outputs
-                                    ("factors" of attention returns what it has computed)
 
 where `problem` is the op's named tuple of inputs and of outputs that `library.py` has allocated.
 Nothing else changes: `run` below finds the file, asks it, and calls it. A backend that decides much

@@ -14,9 +14,12 @@ Inside of an open `forward_ad.dual_level`, the backward runs within `scm_kernels
 computes dual tensors again on the paths of the first time.
 """
 
+import functools
+import inspect
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +34,19 @@ _ACTIVATIONS = (
 )
 _POINTWISE = (
     *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "clamp", "clamp_max"),
-    *("clamp_min", "clip", "cos", "cosh", "div", "divide", "erf", "erfc", "exp", "exp2", "expm1"),
-    *("float_power", "hypot", "lerp", "log", "log10", "log1p", "log2", "logaddexp", "maximum"),
-    *("minimum", "mul", "multiply", "pow", "reciprocal", "rsqrt", "sin", "sinc", "sinh", "sqrt"),
-    *("square", "tan", "true_divide", "__mul__", "__pow__", "__rmul__", "__rpow__"),
+    *("clamp_min", "clip", "cos", "cosh", "div", "divide", "erf", "erfc", "erfinv", "exp", "exp2"),
+    *("expm1", "float_power", "hypot", "lerp", "lgamma", "log", "log10", "log1p", "log2"),
+    *("logaddexp", "logit", "maximum", "minimum", "mul", "multiply", "pow", "reciprocal"),
+    *("rsqrt", "sin", "sinc", "sinh", "sqrt"),
+    *("square", "tan", "true_divide", "xlogy", "__mul__", "__pow__", "__rmul__", "__rpow__"),
     *("__rtruediv__", "__truediv__"),
 )
 _OVER_DIMENSIONS = (
     *("amax", "amin", "cosine_similarity", "cumprod", "logcumsumexp", "logsumexp", "max", "min"),
     *("norm", "normalize", "prod", "std", "std_mean", "var", "var_mean", "vector_norm"),
-    *("addbmm", "addmm", "addmv", "baddbmm", "dot", "mv", "outer", "tensordot"),
+    *("addbmm", "addmm", "addmv", "baddbmm", "bilinear", "cross", "dot", "inner", "kron", "mv"),
+    *("outer", "tensordot", "cross_entropy", "huber_loss", "l1_loss", "local_response_norm"),
+    *("mse_loss", "smooth_l1_loss"),
 )
 
 
@@ -49,28 +55,80 @@ def _functions(names) -> frozenset:
     return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
 
 
+_RANDOM = _functions(
+    ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
+)
 _NAMES = (*_ACTIVATIONS, *_POINTWISE, *_OVER_DIMENSIONS)
 IN_PLACE = _functions(
     [f"{name}_" for name in _NAMES] + ["__imul__", "__ipow__", "__itruediv__", "__idiv__"]
 )
-# Functions that may be called twice, as they draw no random numbers. Linear ones need not be in
-# here: their tangents save nothing.
-REPEATABLE = _functions(_NAMES) | IN_PLACE
+# Functions that may be called twice. Linear ones need not be in here: their tangents save nothing.
+REPEATABLE = _functions(_NAMES) | IN_PLACE | _RANDOM
+
+
+def is_in_place(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call of one of them writes to its first argument."""
+    if func in IN_PLACE or kwargs.get("inplace"):
+        return True
+    place = _place_of_inplace(func)
+    return place is not None and len(args) > place and bool(args[place])
+
+
+@functools.cache
+def _place_of_inplace(func: Callable) -> int | None:
+    """Of the parameter `inplace` of some of `torch.nn.functional`."""
+    if getattr(func, "__module__", None) != F.__name__:
+        return None
+    names = list(inspect.signature(func).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def same_random_numbers(func: Callable, x: Tensor) -> AbstractContextManager:
+    """Where a random function of x leaves the generator as it was for the next call."""
+    if func not in _RANDOM:
+        return nullcontext()
+    devices = [] if x.device.type == "cpu" else [x.device]
+    return torch.random.fork_rng(devices, device_type="cuda" if not devices else x.device.type)
+
+
+# What was there when the jvp at work began: a checkpoint around it computes all of it again.
+_around: ContextVar[tuple] = ContextVar("scm_kernels_around", default=(None, 0))
+
+
+@contextmanager
+def inside_of_a_jvp() -> Iterator[None]:
+    """Where a new checkpoint is one inside of the jvp that begins here."""
+    token = _around.set((_hook(), _selecting()))
+    try:
+        yield
+    finally:
+        _around.reset(token)
 
 
 def looks_on() -> bool:
-    """Whether a checkpoint takes the place of what autograd saves."""
-    if torch.compiler.is_compiling():
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    """Whether a checkpoint inside of the jvp takes the place of what autograd saves."""
+    return not torch.compiler.is_compiling() and _hook() not in (None, _around.get()[0])
 
 
 def selects() -> bool:
-    """Whether a selective checkpoint (`create_selective_checkpoint_contexts`) numbers the ops."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
-        return False
-    return any(isinstance(x, _CachingTorchDispatchMode) for x in _get_current_dispatch_mode_stack())
+    """Whether a selective one (`create_selective_checkpoint_contexts`) numbers the ops."""
+    return not torch.compiler.is_compiling() and _selecting() > _around.get()[1]
+
+
+def _hook() -> Callable | None:
+    """The innermost checkpoint's, which is another for each of them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__:
+        return None
+    return hooks[0]
+
+
+def _selecting() -> int:
+    """How many selective ones there are."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return 0
+    modes = _get_current_dispatch_mode_stack()
+    return sum(isinstance(x, _CachingTorchDispatchMode) for x in modes)
 
 
 def unrecorded() -> AbstractContextManager:

@@ -46,6 +46,8 @@ def has_tangent(x: object) -> bool:
 def unpack_here(x: object) -> tuple[object, Tensor | None]:
     """`unpack` at the front door, where transforms may meet."""
     if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_batched_here(x):
+        if not is_dual_outside(x):
+            return x, None
         raise NotImplementedError(
             "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
             "take vmap(jvp(f)), or give the batch to the op as a dimension"

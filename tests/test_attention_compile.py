@@ -260,7 +260,7 @@ def test_opcheck(case, tangent_grad):
 @pytest.mark.parametrize("case", CHECKED, ids=str)
 def test_opcheck_of_the_backward(case, through):
     tensors = arguments_of(case, grad=False)
-    out, t_out, lse, mu = OPS.attention_jvp(*tensors, case.causal, 0.4, True, "")
+    out, t_out, lse, mu, low = OPS.attention_jvp(*tensors, case.causal, 0.4, True, "")
     dout = None if through == "t_out" else torch.randn_like(out)
     dt_out = None if through == "out" else torch.randn_like(out)
     wanted = [y is not None and y.is_floating_point() for y in tensors]
@@ -269,7 +269,7 @@ def test_opcheck_of_the_backward(case, through):
         wanted[3:6], wanted[7] = [False] * 3, False
     torch.library.opcheck(
         OPS.attention_jvp_backward.default,
-        (dout, dt_out, *tensors, out, t_out, lse, mu, case.causal, 0.4, wanted, ""),
+        (dout, dt_out, *tensors, out, t_out, lse, mu, low, case.causal, 0.4, wanted, ""),
     )
 
 

@@ -152,7 +152,7 @@ def forward(*, m=5, n=7, d=64, e=None, dtype=BF16, tangents="qkv", **others) -> 
     inputs |= {f"t{x}": inputs[x].clone() if x in tangents else None for x in "qkv"}
     outputs = {name: torch.zeros(1, 2, m, e, dtype=dtype) for name in ("out", "t_out")}
     outputs |= {name: torch.zeros(1, 2, m) for name in ("lse", "mu")}
-    rest = {"mask": None, "tmask": None, "causal": False, "scale": 1.0}
+    rest = {"lse_low": None, "mask": None, "tmask": None, "causal": False, "scale": 1.0}
     return Forward(**{**inputs, **outputs, **rest, **others})
 
 

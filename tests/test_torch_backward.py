@@ -24,7 +24,7 @@ def problem(dtype=BF16, m=8, n=8, d=64, e=None, mask=None, causal=False) -> Back
         for shape in ((m, d), (n, d), (n, e or d), (m, e or d))
     )
     given = (q, k, v, None, None, None, mask, None, causal, 0.125, out, None, q[..., 0].float())
-    return Backward(*given, None, out, None, q, k, v, None, None, None, None, None)
+    return Backward(*given, None, None, out, None, q, k, v, None, None, None, None, None)
 
 
 def meta(p: Backward) -> Backward:

@@ -1,6 +1,7 @@
 // The gradient of attention and of its tangent by the closed form of
 // scm_kernels/attention/reference.py, a tile of queries [kRows] and a tile of keys at a time; lse
-// and mu of the forward stand for the softmax. All in float32, as dual products of the same kernel:
+// and mu of the forward stand for the softmax. Dual products of the same kernel, in float32 or in
+// pairs of bfloat16:
 //
 //     S^T, T^T   = [K tK] x [Q^T tQ^T]        B^T, A^T   = [V tV] x [dtO^T dO^T]
 //     P, tP, gT, gS of a tile from S, T, B, A                                       [keys, rows]
@@ -66,7 +67,7 @@ class Backward {
     gs_ = {pairs ? take(true, tile / 2) : a_, pairs ? take(true, tile / 2) : a_};
     bias_ = take(p.mask || p.causal, tile), t_bias_ = take(bool(p.tmask), tile);
     dq_ = take(bool(p.dq), p.d * columns_), dtq_ = take(bool(p.dtq), p.d * columns_);
-    lse_ = take(true, columns_), mu_ = take(true, columns_);
+    lse_ = take(true, columns_), low_ = take(true, columns_), mu_ = take(true, columns_);
     beta_ = take(true, columns_), delta_ = take(true, columns_);
     end_ = arena.next;
   }
@@ -153,6 +154,7 @@ class Backward {
     for (int64_t i = 0; i < columns_; ++i) {
       const bool alive = i < rows && p_.lse[first + i] != -__builtin_inff();
       lse_[i] = alive ? p_.lse[first + i] : __builtin_inff();
+      low_[i] = alive && p_.lse_low ? p_.lse_low[first + i] : 0.0f;
       mu_[i] = beta_[i] = delta_[i] = 0.0f;
       if (!alive) continue;
       if (dout) delta_[i] = dot(dout, out, row + i);
@@ -201,7 +203,6 @@ class Backward {
 
   void gradients(const Tile& tile, Cover cover) {
     const bool masked = cover == Cover::kSome || p_.tmask;
-    if (masked && cover == Cover::kNothing) std::memset(bias_, 0, 4 * tile.keys * columns_);
     if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
     for (int64_t column = 0; column < columns_; column += kLanes) {
       if (dto_) {
@@ -218,7 +219,8 @@ class Backward {
   template <bool kBoth, bool kMasked>
   void gradients_of(int64_t keys, int64_t column) {
     const VecF dead = broadcast(-__builtin_inff());
-    const VecF lse = load<VecF>(lse_ + column), mu = load<VecF>(mu_ + column);
+    const VecF lse = load<VecF>(lse_ + column), low = load<VecF>(low_ + column);
+    const VecF mu = load<VecF>(mu_ + column);
     const VecF beta = load<VecF>(beta_ + column), delta = load<VecF>(delta_ + column);
     for (int64_t key = 0; key < keys; key += Element::kPerElement) {
       VecF p[2] = {}, tp[2] = {}, gt[2] = {}, gs[2] = {};
@@ -226,12 +228,12 @@ class Backward {
       for (int i = 0; i < Element::kPerElement; ++i) {
         if (key + i >= keys) break;
         const int64_t at = (key + i) * columns_ + column;
-        VecF x = load<VecF>(s_ + at) * p_.scale;
+        VecF x = rounded(load<VecF>(s_ + at) * p_.scale);
         if constexpr (kMasked) {
           const VecF bias = load<VecF>(bias_ + at);
           x = bias == dead ? dead : x + bias;
         }
-        p[i] = exp_nonpositive(x - lse);
+        p[i] = exp_nonpositive(x - lse - low);
         VecF gradient = load<VecF>(a_ + at) - delta;
         if constexpr (kBoth) {
           VecF y = load<VecF>(t_ + at) * p_.scale;
@@ -316,8 +318,8 @@ class Backward {
   float *k_, *tk_, *v_, *tv_;                        // [keys, d or e], converted
   float *s_, *t_, *b_, *a_, *bias_, *t_bias_;        // [keys, columns]
   TileOfElements p_tile_, tp_, gt_, gs_;
-  float *dq_, *dtq_;                   // [d, columns]
-  float *lse_, *mu_, *beta_, *delta_;  // [columns]
+  float *dq_, *dtq_;                          // [d, columns]
+  float *lse_, *low_, *mu_, *beta_, *delta_;  // [columns]
   char* end_;
 };
 

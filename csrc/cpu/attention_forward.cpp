@@ -1,10 +1,9 @@
 // Attention with its tangent in one pass over the keys: the recurrence of
 // scm_kernels/attention/reference.py, for a tile of queries [kRows] and a tile of keys at a time.
 //
-//     S^T, T^T = [K tK] x [Q^T tQ^T]         [keys, rows]   one dual product, vectors along the
-//     rows P^T, H^T = softmax_tile(S^T, T^T)                     each vector lane is a row of its
-//     own O^T, tO^T = alpha O^T + [V^T tV^T] x [P^T H^T]        the same dual product, rescaled on
-//     the way
+//     S^T, T^T = [K tK] x [Q^T tQ^T]                     [keys, rows]
+//     P^T, H^T = softmax_tile(S^T, T^T)                  a vector lane is a row
+//     O^T, tO^T = alpha O^T + [V^T tV^T] x [P^T H^T]     rescaled on the way
 //
 // bfloat16 runs on the bfloat16 dot instruction where the processor has it, with p and h rounded
 // and the sums that normalise taken of the rounded ones; everything else is converted to float32.
@@ -107,10 +106,7 @@ class Forward {
 
   void softmax(const Tile& tile, Cover cover) {
     const bool masked = cover == Cover::kSome || p_.tmask;
-    if (masked) {
-      if (cover == Cover::kNothing) std::memset(bias_, 0, 4 * tile.keys * columns_);
-      if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
-    }
+    if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
     for (int64_t i = 0; i < columns_; i += kLanes) {
       if (tangent_scores_) {
         masked ? softmax_tile<true, true>(tile.keys, i) : softmax_tile<true, false>(tile.keys, i);
@@ -120,7 +116,7 @@ class Forward {
     }
     if (state_.fresh) {
       state_.fresh = false;
-      for (int64_t i = 0; i < columns_; ++i) state_.fresh |= state_.total[i] == 0.0f;
+      for (int64_t i = 0; i < tile.rows; ++i) state_.fresh |= state_.total[i] == 0.0f;
     }
   }
 
@@ -135,7 +131,7 @@ class Forward {
     VecF peak = load<VecF>(state_.peak + column);
     const VecF old_peak = peak;
     for (int64_t key = 0; key < keys; ++key) {
-      VecF x = load<VecF>(s + key * row) * scale;
+      VecF x = rounded(load<VecF>(s + key * row) * scale);
       if constexpr (kMasked) {
         const VecF bias = load<VecF>(bias_ + column + key * row);
         x = bias == dead ? dead : x + bias;  // whatever a dead key's score is
@@ -154,8 +150,8 @@ class Forward {
       for (int i = 0; i < Element::kPerElement; ++i) {
         if (key + i >= keys) break;
         VecF x = load<VecF>(s + (key + i) * row);
-        if constexpr (!kMasked) x = x * scale - origin;
-        p[i] = exp_nonpositive(kMasked ? x - origin : x);
+        if constexpr (!kMasked) x = rounded(x * scale);
+        p[i] = exp_nonpositive(x - origin);
         if constexpr (kTangent) {
           VecF y = load<VecF>(t + (key + i) * row) * scale;
           if constexpr (kMasked) {
@@ -233,15 +229,16 @@ class Forward {
     empty_ = false;
   }
 
-  // O = acc / l, tO = tacc / l - (mu / l) O, lse = m + log l, mu = mu / l + c.
+  // O = acc / l, tO = tacc / l - (mu / l) O, lse + lse_low = m + log l, mu = mu / l + c.
   void finish(int64_t b, int64_t h, int64_t row, int64_t rows) {
-    float* lse = p_.lse + (b * p_.h + h) * p_.m + row;
-    float* mu = p_.mu + (b * p_.h + h) * p_.m + row;
+    const int64_t first = (b * p_.h + h) * p_.m + row;
     for (int64_t i = 0; i < rows; ++i) {
-      const float total = state_.total[i];
+      const float total = state_.total[i], log = __builtin_logf(total);
       const bool alive = total != 0.0f;
-      lse[i] = alive ? state_.peak[i] + __builtin_logf(total) : -__builtin_inff();
-      mu[i] = alive ? state_.moment[i] / total + state_.shift[i] : 0.0f;
+      const float lse = alive ? state_.peak[i] + log : -__builtin_inff();
+      p_.lse[first + i] = lse;
+      p_.mu[first + i] = alive ? state_.moment[i] / total + state_.shift[i] : 0.0f;
+      if (p_.lse_low) p_.lse_low[first + i] = alive ? state_.peak[i] - lse + log : 0.0f;
     }
     const bool rounded = Element::kPerElement == 2;
     const float* total = rounded ? state_.rounded_total : state_.total;

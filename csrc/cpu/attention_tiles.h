@@ -191,8 +191,7 @@ static void dual_product(int64_t rows, int64_t vectors, int64_t steps, const Lef
   }
 }
 
-// --- masks
-// ----------------------------------------------------------------------------------------
+// --- masks ---------------------------------------------------------------------------------------
 
 struct Tile {
   int64_t row, rows, key, keys;  // from row and key on
@@ -225,14 +224,11 @@ static inline void transpose_mask(const Matrix& mask, const Tile& tile, float ou
   }
 }
 
-enum class Cover {
-  kNothing,
-  kSome,
-  kAll
-};  // how much of a tile a mask touches; kAll: no key lives
+// How much of a tile a mask touches; kAll: no key lives.
+enum class Cover { kNothing, kSome, kAll };
 
 // bias [keys, columns]: what mask and causality add to the scores of a tile, -infinity where a key
-// takes no part. Not written where it is nothing.
+// takes no part. Not written where there is neither.
 static inline Cover mask_tile(const Matrix& mask, bool causal, const Tile& tile, float* bias) {
   const VecF dead = broadcast(-__builtin_inff());
   const bool diagonal = causal && tile.key + tile.keys - 1 > tile.row;

@@ -55,6 +55,16 @@ SCM_INLINE void store(void* to, Vec x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// x as it is, rounded: what made it is not fused with what comes next.
+SCM_INLINE VecF rounded(VecF x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 SCM_INLINE VecF broadcast(float x) { return x - VecF{}; }
 
 SCM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }  // b where a is NaN

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from scm_kernels import _native
 from scm_kernels.attention.problem import Backward, Forward
-from scm_kernels.attention.reference import factors  # noqa: F401 - a step of its backward
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -34,6 +33,7 @@ def forward(problem: Forward) -> None:
         _native.address(p.t_out),
         p.lse.data_ptr(),
         p.mu.data_ptr(),
+        _pointer(p.lse_low),
     )
 
 
@@ -49,12 +49,17 @@ def backward(problem: Backward) -> None:
         *_arguments(p),
         [_native.address(x) for x in (p.out, p.t_out, p.dout, p.dt_out)],
         p.lse.data_ptr(),
-        0 if p.mu is None else p.mu.data_ptr(),
+        _pointer(p.mu),
+        _pointer(p.lse_low),
         [_native.address(x) for x in gradients] + [_mask(x, shape) for x in masks],
     )
     for to, total in zip((p.dmask, p.dtmask), masks, strict=True):
         if to is not None:
             to.copy_(total)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _arguments(p: Forward | Backward) -> tuple:

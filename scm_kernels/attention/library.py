@@ -38,7 +38,14 @@ def _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad
     else:
         out = q.new_empty(b, h, m, e)
     lse = q.new_empty(b, h, m, dtype=_stats_dtype(q))
-    return out, torch.empty_like(out), lse, torch.empty_like(lse)
+    low = torch.empty_like(lse) if _needs_low(q, mask) else q.new_empty(b, h, 0)
+    return out, torch.empty_like(out), lse, torch.empty_like(lse), low
+
+
+def _needs_low(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether P = exp(S - lse) asks for more digits of lse than float32 has: those of P in float32,
+    or those of the scores that a large mask has drowned."""
+    return q.dtype.itemsize >= 4 or (mask is not None and mask.dtype != torch.bool)
 
 
 def _stats_dtype(q: Tensor) -> torch.dtype:
@@ -50,9 +57,14 @@ def _forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, back
     if 0 in q.shape[:3]:  # no batch, heads or rows: no backend meets an empty problem
         return outputs
     inputs = (_rowwise(x) for x in (q, k, v, tq, tk, tv))
-    problem = Forward(*inputs, mask, tmask, causal, scale, *outputs)
+    problem = Forward(*inputs, mask, tmask, causal, scale, *_present(outputs))
     _backends.run("attention", "forward", problem, backend)
     return outputs
+
+
+def _present(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """With None for an lse_low that nobody needs, which an op has to return."""
+    return outputs if outputs[4].shape[2] else (*outputs[:4], None)
 
 
 def _rowwise(x: Tensor | None) -> Tensor | None:
@@ -86,7 +98,7 @@ class Call:
         """The kernel, where autograd has nothing to record."""
         causal, scale, _, backend = self.options
         outputs = _empty_forward(*tensors, *self.options)
-        problem = Forward(*tensors, causal, scale, *outputs)
+        problem = Forward(*tensors, causal, scale, *_present(outputs))
         if self.plan is None:
             self.plan = _backends.plan("attention", "forward", problem, backend)
         self.plan(problem)
@@ -100,23 +112,23 @@ class _Attention(_library.Function):
     def forward(ctx, *args):
         *tensors, causal, scale, tangent_grad, backend, call = args
         if call is None:
-            out, t_out, lse, mu = attention_jvp.inside(*args[:-1])
+            out, t_out, lse, mu, low = attention_jvp.inside(*args[:-1])
         else:
-            out, t_out, lse, mu = call.run(tensors)
+            out, t_out, lse, mu, low = call.run(tensors)
         ctx.set_materialize_grads(False)
         if tangent_grad:
-            ctx.mark_non_differentiable(lse, mu)
-            ctx.save_for_backward(*tensors, out, t_out, lse, mu)
+            ctx.mark_non_differentiable(lse, mu, low)
+            ctx.save_for_backward(*tensors, out, t_out, lse, mu, low)
         else:
-            ctx.mark_non_differentiable(t_out, lse, mu)
+            ctx.mark_non_differentiable(t_out, lse, mu, low)
             q, k, v, _, _, _, mask, _ = tensors
-            ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None)
+            ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None, low)
         ctx.options = causal, scale, backend
         ctx.level = dual_level.get()
-        return out, t_out, lse, mu
+        return out, t_out, lse, mu, low
 
     @staticmethod
-    def backward(ctx, dout, dt_out, _dlse, _dmu):
+    def backward(ctx, dout, dt_out, *_):
         wanted, saved = ctx.needs_input_grad[:8], ctx.saved_tensors
         if ctx.level is None or forward_ad.unpack_dual(ctx.level).tangent is None:
             return (*_gradients(saved, ctx.options, dout, dt_out, wanted), *(None,) * 5)
@@ -138,7 +150,7 @@ class _Attention(_library.Function):
 def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
     """The gradient of each input, None where it is not wanted."""
     causal, scale, backend = options
-    *tensors, out, t_out, lse, mu = saved
+    *tensors, out, t_out, lse, mu, low = saved
     if dout is None and dt_out is None:
         return [None] * 8
     if dt_out is None:  # the gradient through out does not see the tangents
@@ -147,7 +159,7 @@ def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
         wanted = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
     gradients = iter(
         attention_jvp_backward(
-            dout, dt_out, *tensors, out, t_out, lse, mu, causal, scale, list(wanted), backend
+            dout, dt_out, *tensors, out, t_out, lse, mu, low, causal, scale, list(wanted), backend
         )
     )
     return [next(gradients) if want else None for want in wanted]
@@ -167,7 +179,7 @@ def _vmap_forward(info, in_dims, *args):
     batch = _batch(tensors[0], in_dims[0])
     folded = _fold_all(tensors, in_dims, size, batch)
     outputs = torch.ops.scm_kernels.attention_jvp(*folded, causal, scale, tangent_grad, backend)
-    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0, 0, 0, 0)
+    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0, 0, 0, 0, 0)
 
 
 def _batch(q: Tensor, dim: int | None) -> int:
@@ -191,7 +203,7 @@ def _fold_all(tensors, in_dims, size: int, batch: int) -> list[Tensor | None]:
 
 def _empty_backward(dout, dt_out, *args):
     """One gradient for each wanted input, in order, and None for the others."""
-    tensors, wanted = args[:8], args[14]
+    tensors, wanted = args[:8], args[15]
     return [torch.empty_like(x) if want else None for x, want in zip(tensors, wanted, strict=True)]
 
 
@@ -200,7 +212,7 @@ def _fake_backward(*args):
 
 
 def _backward(dout, dt_out, *args):
-    *tensors, out, t_out, lse, mu, causal, scale, _wanted, backend = args
+    *tensors, out, t_out, lse, mu, low, causal, scale, _wanted, backend = args
     gradients = _empty_backward(dout, dt_out, *args)
     if 0 in lse.shape:
         return [x.zero_() for x in gradients if x is not None]
@@ -211,26 +223,12 @@ def _backward(dout, dt_out, *args):
         scale,
         *(_rowwise(out), _rowwise(t_out)),
         *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
+        low.contiguous() if low.shape[2] else None,
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
-    if problem.mask is not None and problem.mask.dtype != torch.bool:
-        problem = _corrected(problem, backend)
     _backends.run("attention", "backward", problem, backend, torch_backward)
     return [x for x in gradients if x is not None]
-
-
-def _corrected(p: Backward, backend: str) -> Backward:
-    """With the factors of P in the cotangents: all gradients are linear in those, row by row."""
-    factors = _backends.plan("attention", "factors", p, backend)(p)
-    if factors is None:
-        return p
-    # In float32, as a float16 has no room for the product; of a tensor whose elements overlap,
-    # PyTorch chooses the order of a product's dimensions.
-    dout, dt_out = (
-        None if x is None else _rowwise(x * factors[..., None]) for x in (p.dout, p.dt_out)
-    )
-    return p._replace(dout=dout, dt_out=dt_out)
 
 
 class _AttentionBackward(_library.Function):
@@ -239,7 +237,7 @@ class _AttentionBackward(_library.Function):
     @staticmethod
     def forward(ctx, *args):
         dout, dt_out, *tensors = args[:10]
-        causal, scale, wanted, _ = args[14:]
+        causal, scale, wanted, _ = args[15:]
         gradients = attention_jvp_backward.inside(*args)
         ctx.save_for_backward(dout, dt_out, *tensors)
         ctx.options = causal, scale, wanted
@@ -261,7 +259,7 @@ class _AttentionBackward(_library.Function):
         gradients = [None] * len(saved)
         for i, value in zip(moving, pullback(cotangents), strict=True):
             gradients[i] = value
-        return (*gradients, *(None,) * 8)
+        return (*gradients, *(None,) * 9)
 
 
 def _dense_gradient(cotangents, tensors, causal, scale, wanted) -> tuple[Tensor, ...]:
@@ -283,7 +281,7 @@ def _dense_gradient(cotangents, tensors, causal, scale, wanted) -> tuple[Tensor,
 
 
 def _autograd_backward(*args):
-    tensors = args[:14]
+    tensors = args[:15]
     _library.refuse_duals("attention_jvp_backward", _INSTEAD, tensors)
     if _library.differentiable(tensors):
         return list(_library.apply(_AttentionBackward, *args))
@@ -308,7 +306,7 @@ def _vmap_backward(info, in_dims, *args):
 
 attention_jvp = _library.define(
     f"attention_jvp({_INPUTS}, bool causal, float scale, bool tangent_grad, str backend)"
-    " -> (Tensor out, Tensor t_out, Tensor lse, Tensor mu)",
+    " -> (Tensor out, Tensor t_out, Tensor lse, Tensor mu, Tensor lse_low)",
     kernel=_forward,
     fake=_empty_forward,
     autograd=_autograd_forward,
@@ -316,7 +314,8 @@ attention_jvp = _library.define(
 )
 attention_jvp_backward = _library.define(
     f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
-    " Tensor lse, Tensor? mu, bool causal, float scale, bool[] wanted, str backend) -> Tensor[]",
+    " Tensor lse, Tensor? mu, Tensor lse_low, bool causal, float scale, bool[] wanted, str backend)"
+    " -> Tensor[]",
     kernel=_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

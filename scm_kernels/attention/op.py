@@ -73,8 +73,9 @@ def scaled_dot_product_attention(
         `attention/reference.py`.
     """
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    mode = torch.overrides._get_current_function_mode()  # of scm_kernels.jvp, for one
-    return dual_attention(*args, tangent_grad=getattr(mode, "tangent_grad", True))
+    modes = reversed(torch.overrides._get_current_function_mode_stack())
+    recorded = [mode.records(current_level()) for mode in modes if hasattr(mode, "records")]
+    return dual_attention(*args, tangent_grad=recorded[0] if recorded else True)
 
 
 @never_compiled_alone
@@ -114,7 +115,7 @@ def dual_attention(
         beside = not tangent_grad and _checkpoint.looks_on()
         recording = _checkpoint.unrecorded() if beside else nullcontext()
         with recording, nullcontext() if apart else _inside_level():
-            out, t_out, _, _ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
+            out, t_out, *_ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
         if beside:
             out = _stock([primal for primal, _ in pairs], 0.0, is_causal, scale, enable_gqa)
         return Dual(out, t_out) if apart else make_dual(out, t_out)
@@ -169,7 +170,7 @@ def attention_jvp(
     """
     _checks.flag("return_stats", return_stats)
     tensors = (query, key, value, t_query, t_key, t_value, attn_mask, t_attn_mask)
-    out, t_out, lse, mu = _attention(
+    out, t_out, lse, mu, _ = _attention(
         _autocast(tensors), is_causal, scale, enable_gqa, tangent_grad=True
     )
     return (out, t_out, lse, mu) if return_stats else (out, t_out)

@@ -30,14 +30,15 @@ class Forward(NamedTuple):
     t_out: Tensor  # like out
     lse: Tensor  # [B, H, M] float32 (float64 for float64), contiguous
     mu: Tensor  # like lse
+    lse_low: Tensor | None  # like lse: what it has lost by rounding; None: nobody needs it
 
 
 class Backward(NamedTuple):
     """Gradients through `out` and `t_out`, from what the forward saved.
 
-    An absent cotangent is None, never both; those of half inputs may be float32. Where dt_out is
-    None, so are tq, tk, tv, tmask, t_out and mu: the gradient through `out` alone does not need
-    them. A gradient that nobody asks for is None.
+    An absent cotangent is None, never both. Where dt_out is None, so are tq, tk, tv, tmask, t_out
+    and mu: the gradient through `out` alone does not need them. A gradient that nobody asks for is
+    None.
     """
 
     q: Tensor
@@ -54,6 +55,7 @@ class Backward(NamedTuple):
     t_out: Tensor | None
     lse: Tensor
     mu: Tensor | None
+    lse_low: Tensor | None
     dout: Tensor | None
     dt_out: Tensor | None
 

@@ -17,6 +17,9 @@ One streaming pass over tiles of keys keeps, for every row, m l mu c and two acc
     mu = a mu + rowsum(h)       tacc = a tacc + h V + p tV
     end:  O = acc / l      tO = tacc / l - (mu / l) O      lse = m + log l      mu = mu / l + c
 
+lse is kept in two numbers, its rounding and what that has lost: P = exp(S - lse - lse_low) has all
+digits where scores are large, and where an added mask drowns them (finfo.min + log l is finfo.min).
+
 c is the mean of T over the live keys of the first tile that has one. Without it a component that
 all of tK shares must cancel in tacc - mu O. A row without a live key gives O = tO = mu = 0 and lse
 = -inf.
@@ -114,8 +117,8 @@ class _Tiles:
     def __init__(self, problem: Forward | Backward):
         p = self.problem = problem
         self.dtype = torch.float64 if p.q.dtype == torch.float64 else torch.float32
-        self.b, self.h, self.m, self.d = p.q.shape
-        self.hk, self.n, self.e = p.k.shape[1], p.k.shape[2], p.v.shape[3]
+        self.b, self.h, self.m, _ = p.q.shape
+        self.hk, self.n = p.k.shape[1:3]
         self.groups = self.h // self.hk
         self.k, self.v, self.tk, self.tv = map(self._wide, (p.k, p.v, p.tk, p.tv))
         self.block_m, self.block_n = reference_tiles(self.b * self.h, self.m, self.n)
@@ -143,10 +146,13 @@ class _Tiles:
         """scale Q, or scale tQ, of a tile of rows."""
         return None if x is None else self.rows(x, rows) * self.problem.scale
 
-    def lse(self, rows: slice) -> Tensor:
-        """Of a backward, for P = exp(S - lse): +inf in a dead row, where P = 0."""
+    def probabilities(self, s: Tensor, rows: slice) -> Tensor:
+        """P of a backward, which writes to S; 0 in a dead row."""
         lse = self.rows(self.problem.lse[..., None], rows)
-        return lse.masked_fill(lse == -math.inf, math.inf)
+        p = s.sub_(lse.masked_fill(lse == -math.inf, math.inf))
+        if self.problem.lse_low is not None:
+            p = p.sub_(self.rows(self.problem.lse_low[..., None], rows))
+        return p.exp_()
 
     def scores(self, q, tq, rows: slice, keys: slice):
         """(S, T, live) of a tile [B, Hk, G, rows, keys] from scaled rows; T None: no tangent."""
@@ -190,11 +196,13 @@ def forward(problem: Forward) -> None:
         for keys in tiles.key_tiles(rows):
             state.add(*tiles.scores(q, tq, rows, keys), keys)
         shape = (tiles.b, tiles.h, rows.stop - rows.start)
-        out, t_out, lse, mu = state.finish()
+        out, t_out, lse, mu, low = state.finish()
         problem.out[:, :, rows] = out.reshape(*shape, -1)
         problem.t_out[:, :, rows] = t_out.reshape(*shape, -1)
         problem.lse[:, :, rows] = lse.reshape(shape)
         problem.mu[:, :, rows] = mu.reshape(shape)
+        if problem.lse_low is not None:
+            problem.lse_low[:, :, rows] = low.reshape(shape)
 
 
 class _RowState:
@@ -239,13 +247,14 @@ class _RowState:
         self.c = torch.where(self.l == 0, mean, self.c)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """(O, tO, lse, mu), normalised."""
+        """(O, tO, lse, mu, lse_low), normalised."""
         dead = self.l == 0
         total = self.l.masked_fill(dead, 1.0)
         out, mu = self.acc / total, self.mu / total
         t_out = self.tacc / total - mu * out
         lse = self.m + total.log()
-        return out, t_out, lse, (mu + self.c).masked_fill(dead, 0.0)
+        low = (self.m - lse + total.log()).masked_fill(dead, 0.0)
+        return out, t_out, lse, (mu + self.c).masked_fill(dead, 0.0), low
 
 
 def backward(problem: Backward) -> None:
@@ -265,33 +274,6 @@ def backward(problem: Backward) -> None:
             getattr(problem, name).copy_(total)
 
 
-LOST = 2.0**14  # an lse beyond it is off by 0.0005 and more, and P by a factor in every row
-
-
-def factors(problem: Backward) -> Tensor | None:
-    """What P = exp(S - lse) is to be multiplied by in each row [B, H, M], None where nothing is.
-
-    Where an added mask drowns the scores (finfo.min), lse = m + log(l) is m, and has lost the
-    logarithm of their count: the rows of P add up to that, and not to 1.
-    """
-    lost = (problem.lse.abs() > LOST) & problem.lse.isfinite()
-    if problem.lse.device.type == "cpu" and not lost.any():  # elsewhere to ask would wait
-        return None
-    return 1.0 / _row_sums(problem).where(lost, 1.0)
-
-
-def _row_sums(problem: Backward) -> Tensor:
-    """The sums of P over the keys [B, H, M]."""
-    tiles, sums = _Tiles(problem), torch.zeros_like(problem.lse)
-    for rows in tiles.row_tiles():
-        q, lse = tiles.scaled_rows(problem.q, rows), tiles.lse(rows)
-        for keys in tiles.key_tiles(rows):
-            s, _, _ = tiles.scores(q, None, rows, keys)
-            p = torch.exp(s.flatten(2, 3) - lse)
-            sums[:, :, rows] += p.sum(-1).reshape(*sums.shape[:2], -1)
-    return sums
-
-
 class _RowGradient:
     """The gradients that a tile of rows [B, Hk, G rows, X] sends out, a tile of keys at a time."""
 
@@ -302,8 +284,7 @@ class _RowGradient:
         out, t_out, self.do, self.dto = (
             tiles.rows(x, rows) for x in (p.out, p.t_out, p.dout, p.dt_out)
         )
-        self.lse = tiles.lse(rows)
-        self.delta = torch.zeros_like(self.lse)
+        self.delta = tiles.k.new_zeros(*self.q.shape[:3], 1)
         if self.do is not None:
             self.delta += (self.do * out).sum(-1, keepdim=True)
         if self.dto is not None:
@@ -314,7 +295,7 @@ class _RowGradient:
     def add(self, keys: slice, sums: dict[str, Tensor | None]) -> None:
         tiles, do, dto = self.tiles, self.do, self.dto
         s, t, _ = tiles.scores(self.q, self.tq, self.span, keys)
-        p = torch.exp(s.flatten(2, 3) - self.lse)
+        p = tiles.probabilities(s.flatten(2, 3), self.span)
         v = tiles.v[:, :, keys]
         a = torch.zeros_like(p) if do is None else do @ v.mT
         grad_t = t_p = None

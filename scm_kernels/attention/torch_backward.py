@@ -1,7 +1,7 @@
 """The gradient through `out` alone by a backward of PyTorch's attention, from our out and lse.
 
-On a CPU its flash backward stands in for the reference alone: it is slower than the kernels of
-`cpu.py`. On a GPU it has two that make five products a tile where ours make seven: the flash one,
+On a CPU its flash backward stands in for the reference alone, not in float32: it is slower than the
+kernels of `cpu.py`. On a GPU it has two that make five products a tile where ours make seven: the flash one,
 in half types without a mask, and the memory-efficient one, which takes masks that are added, other
 widths of values, and float32. They go before Triton's kernels where they are faster. Neither sums
 dq in the same order every time, but under `torch.use_deterministic_algorithms`.
@@ -64,8 +64,8 @@ def refuses(problem: Backward) -> str | None:
         return "it wants as many key heads as query heads"
     if p.dmask is not None or (p.mask is not None and p.mask.dtype == torch.bool):
         return "it takes additive masks only, and has no gradient for them"
-    if p.dout.dtype != p.q.dtype:
-        return "it wants cotangents of query's dtype"
+    if p.mask is not None and p.q.dtype.itemsize < 4:
+        return "half types may not hold the cotangents under a mask"  # 1e-5 / 1024 is no float16
     if 0 in p.q.shape or 0 in p.k.shape:
         return "it takes no empty tensors"
     if p.q.device.type == "cuda":
@@ -74,6 +74,8 @@ def refuses(problem: Backward) -> str | None:
         return (
             f"this file knows PyTorch's kernels for CPUs and NVIDIA's GPUs, not {p.q.device.type}"
         )
+    if p.q.dtype == torch.float32:
+        return "its P has the rounding error of lse, more than eager's at large scores"
     return None if p.q.shape[3] == p.v.shape[3] else "it wants values as wide as queries"
 
 
@@ -131,6 +133,9 @@ def plan_backward(problem: Backward) -> Callable[[Backward], None]:
         gradients = _flash if _flash_refuses(problem) is None else _efficient
 
     def run(p: Backward) -> None:
+        if p.lse_low is not None:
+            # What it computes is linear in dO, and its P = exp(S - lse) off by a factor in a row.
+            p = p._replace(dout=p.dout * torch.exp(-p.lse_low)[..., None])
         for wanted, gradient in zip((p.dq, p.dk, p.dv), gradients(p), strict=False):
             if wanted is not None:
                 wanted.copy_(gradient)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from scm_kernels import _triton
 from scm_kernels.attention.problem import Backward, Forward
@@ -53,14 +52,6 @@ def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     from scm_kernels.attention.triton_backward_plan import plan_attention_backward
 
     return _following(plan_attention_backward, problem, _atomics, *_precision_switch(problem))
-
-
-@_triton.without_bfloat16()
-def plan_factors(problem: Backward) -> Callable[[Backward], Tensor]:
-    """What P is off by in each row under a mask that is added."""
-    from scm_kernels.attention.triton_backward_plan import plan_attention_factors
-
-    return _following(plan_attention_factors, problem, *_precision_switch(problem))
 
 
 def _following(plan: Callable, problem: Forward | Backward, *switches: Callable) -> Callable:

@@ -1,6 +1,5 @@
 """The backward of attention in Triton: a kernel for each kind of gradient.
 
-    factors   under a mask that is added, what P is off by in each row
     rows      what the others need of every row, to scratch memory
     keys      dk, dv: a program for each tile of keys, over the rows of all heads that share it
     queries   dq, dtq: a program for each tile of rows, over the keys
@@ -19,44 +18,9 @@ mathematics is in `triton_gradients.py`, the launches are in `triton_backward_pl
 import triton
 import triton.language as tl
 
-from scm_kernels.attention import reference
 from scm_kernels.attention import triton_gradients as gradients
 from scm_kernels.attention import triton_tiles as tiles
-
-LOST = tl.constexpr(reference.LOST)
-
-
-@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
-def attention_backward_factors_kernel(
-    x, lse, factors, M, N, H, GROUP, scale, META: tl.constexpr
-):  # fmt: skip
-    """`reference.factors` of a tile of rows: 1 / rowsum(P) where lse has lost log(l), 1 elsewhere.
-
-    Few tiles have such a row; the others are done when they have seen their lse. A problem with a
-    mask is not causal.
-    """
-    ROWS: tl.constexpr = META.BLOCK_M
-    KEYS: tl.constexpr = META.BLOCK_N
-    row_tiles = tl.cdiv(M, ROWS)
-    index, row = tl.program_id(0) // row_tiles, (tl.program_id(0) % row_tiles) * ROWS
-    batch, head = index // H, index % H
-    rows = row + tl.arange(0, ROWS)
-    inside = rows < M
-    at = tl.cast(index, tl.int64) * M + rows
-    log_sum = tl.load(lse + at, mask=inside, other=0.0)
-    lost = (tl.abs(log_sum) > LOST) & (tl.abs(log_sum) < float("inf"))
-    sums = tl.full([ROWS], 1.0, tl.float32)
-    if tl.max(lost.to(tl.int32), 0) > 0:
-        q = tiles.load_rows(x.q, batch, head, row, inside, ROWS, META.D, META.VEC)
-        sums = tl.zeros([ROWS], tl.float32)
-        for key in range(0, N, KEYS):
-            live = key + tl.arange(0, KEYS) < N
-            k = tiles.load_rows(x.k, batch, head // GROUP, key, live, KEYS, META.D, META.VEC)
-            mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, False, True, META)
-            s = gradients.product(q, k, None, META.PRECISION)
-            p = gradients.probabilities(s, mask, live[None, :], log_sum[:, None], scale)
-            sums += tl.sum(p, 1)
-    tl.store(factors + at, tl.where(lost, 1.0 / sums, 1.0), mask=inside)
+from scm_kernels.attention.triton_tiles import LOG2E
 
 
 @triton.jit
@@ -68,13 +32,16 @@ def _row_sums(x, y, total):
 
 
 @triton.jit(do_not_specialize=["M", "H"])
-def attention_backward_rows_kernel(x, out, t_out, lse, mu, M, H, META: tl.constexpr):
-    """x.lse, delta, mu, beta of a tile of rows, the last two for a dtO alone.
+def attention_backward_rows_kernel(
+    x, out, t_out, lse, lse_low, mu, M, H, scale: tl.float64, META: tl.constexpr
+):  # fmt: skip
+    """x.lse, low, delta, mu, beta of a tile of rows, the last two for a dtO alone.
 
         beta = rowsum(dtO O)        delta = rowsum(dO O) + rowsum(dtO tO)
 
     lse becomes +inf in rows without a key, and is so in the rows that fill the last tile: P = 0 in
-    both, and no other kernel needs to ask.
+    both, and no other kernel needs to ask. Where it is to be that of raw scores, it is divided by
+    their scale, and low is what all of lse is beyond that.
     """
     ROWS: tl.constexpr = META.BLOCK_M
     row_tiles = x.padded // ROWS
@@ -97,7 +64,16 @@ def attention_backward_rows_kernel(x, out, t_out, lse, mu, M, H, META: tl.conste
         tl.store(x.mu + target, tl.load(mu + source, mask=live, other=0.0))
     tl.store(x.delta + target, delta)
     log_sum = tl.load(lse + source, mask=live, other=-float("inf"))
-    tl.store(x.lse + target, tl.where(log_sum == -float("inf"), float("inf"), log_sum))
+    dead = log_sum == -float("inf")
+    log_sum = tl.where(dead, float("inf"), log_sum)
+    if x.low is not None:
+        low = tl.load(lse_low + source, mask=live, other=0.0)
+        if META.RAW:
+            scaled = log_sum.to(tl.float64)
+            log_sum = (scaled / scale).to(tl.float32)
+            low = (scaled - log_sum.to(tl.float64) * scale + low).to(tl.float32)
+        tl.store(x.low + target, tl.where(dead, 0.0, low * LOG2E))
+    tl.store(x.lse + target, log_sum)
 
 
 # --- keys
@@ -128,7 +104,8 @@ def _add_queries(
     lse, delta, mu, beta = gradients.load_stats(x, batch * H + head, row, 0, META)
     mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, True, BOUNDS, META)
 
-    p = gradients.probabilities(gradients.turned_scores(q, k, P), mask, live, lse, scale)
+    s = gradients.turned_scores(q, k, P)
+    p = gradients.probabilities(s, mask, live, lse, scale, META.RAW)
     dv = gradients.add_product(dv, p, do, P)
     g_t, centred = (), None
     if x.dt_out is not None:

@@ -19,7 +19,6 @@ from scm_kernels.attention.triton_config import INTERPRETER, Row, family
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
 
 _ROWS = (Row(256, 32, 16, 8, 1),)  # bound by memory: any tile that fits registers
-FACTORS = Row(256, 32, 32, 4, 1, widest=32)  # seldom more than a look at lse: any tile that fits
 
 # Of the queries' kernel through both outputs, where registers or shared memory are short.
 _LITTLE_ROOM = (

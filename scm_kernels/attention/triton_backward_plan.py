@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +13,6 @@ from scm_kernels.attention import triton_backward as kernels
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Backward
 from scm_kernels.attention.triton_backward_config import (
-    FACTORS,
     PADDING,
     atomic_row,
     backward_row,
@@ -46,40 +44,8 @@ def plan_attention_backward(
     return _Plan(problem, atomics, precision).run
 
 
-class _Scored(NamedTuple):
-    """What P is computed from."""
-
-    q: View
-    k: View
-    mask: View
-
-
-def plan_attention_factors(p: Backward, precision: str = "exact") -> Callable[[Backward], Tensor]:
-    """What gives `reference.factors` under a mask that is added."""
-    (b, h, m, d), (hk, n) = p.q.shape, p.k.shape[1:3]
-    vec = _triton.vector(p.q, p.k)
-    strides = _triton.strides(p.q, vec), _triton.strides(p.k, vec), mask_strides(p.mask)
-    features = FACTORS.features(d)
-    exact = FACTORS.precision(precision)
-    meta = Meta(features, features, vec, False, exact, FACTORS.block_m, FACTORS.block_n)
-    programs = b * h * triton.cdiv(m, FACTORS.block_m)
-    options = FACTORS.options(_triton.architecture(p.q.device))
-    launch = _triton.Launch(kernels.attention_backward_factors_kernel, programs, **options)
-
-    def run(p: Backward) -> Tensor:
-        x = _Scored(*map(View, (p.q, p.k, p.mask), strides))
-        factors = torch.empty_like(p.lse)
-        launch(p.q, x, p.lse, factors, m, n, h, h // hk, p.scale, meta)
-        return factors
-
-    return run
-
-
 def _tensors(p: Backward) -> list[Tensor | None]:
-    q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, _, _, dout, dt_out, *gradients = p
-    # Of one dtype, that of products: where `library.py` has corrected cotangents, they are wider.
-    # In float16 a row may lose them: 1e-5, times 1 / 1024 under a mask of -1e9, is no float16.
-    dout, dt_out = (None if x is None else x.to(q.dtype) for x in (dout, dt_out))
+    q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, _, _, _, dout, dt_out, *gradients = p
     return [q, k, v, tq, tk, tv, mask, tmask, dout, dt_out, out, t_out, *gradients, None]
 
 
@@ -110,8 +76,8 @@ class _Plan:
             for x, mask in zip(tensors, masks, strict=True)
         ]
         self.absent = [i for i, x in enumerate(tensors) if x is None]
-        self.scratch = (2 if p.dt_out is None else 4, *p.lse.shape[:2])
         self.padded = triton.cdiv(p.q.shape[2], PADDING) * PADDING
+        self.scratch = *p.lse.shape[:2], self.padded
         self.rows = _pass("rows", False, (), p, precision, vec)
         self.atomic = atomics and _takes_atomics(p)
         self.passes = [_pass(*kind, p, precision, vec) for kind in _kinds(p, self.atomic)]
@@ -129,14 +95,15 @@ class _Plan:
         if self.atomic:
             b, h, m, d = p.q.shape
             sum_q = views[_SUM_Q] = p.lse.new_zeros(b, h, self.padded, d)
-        scratch = p.lse.new_empty(*self.scratch, self.padded).unbind()
-        lse, delta, mu, beta = scratch if len(scratch) == 4 else (*scratch, None, None)
-        x = Operands(*views[:10], self.padded, lse, delta, mu, beta)
+        wanted = True, p.lse_low is not None, True, p.dt_out is not None, p.dt_out is not None
+        scratch = iter(p.lse.new_empty(sum(wanted), *self.scratch).unbind())
+        lse, low, delta, mu, beta = (next(scratch) if want else None for want in wanted)
+        x = Operands(*views[:10], self.padded, lse, low, delta, mu, beta)
         of_tangents = Operands(
             *(*views[:3], None, None, None, views[6], None, views[9], None),
-            *(self.padded, lse, beta, None, None),
+            *(self.padded, lse, low, beta, None, None),
         )
-        self.rows.launch(p.q, x, *views[10:12], p.lse, p.mu, *self.rows.numbers)
+        self.rows.launch(p.q, x, *views[10:12], p.lse, p.lse_low, p.mu, *self.rows.numbers)
         for one in self.passes:
             gradients = (None if i is None else views[i] for i in one.gradients)
             one.launch(p.q, of_tangents if one.of_tangents else x, *gradients, *one.numbers)
@@ -199,11 +166,16 @@ def _pass(
             precision == "ieee",
         )
     products = row.precision(precision)
-    meta = Meta(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n)
+    raw = p.q.dtype == torch.float32 and p.mask is None and p.scale != 0.0
+    meta = Meta(
+        *(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n),
+        RAW=raw,
+    )
     row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
     numbers = m, n, h, h // hk, p.scale
     if kernel == "rows":
-        programs, numbers = b * h * triton.cdiv(m, PADDING) * (PADDING // row.block_m), (m, h)
+        programs = b * h * triton.cdiv(m, PADDING) * (PADDING // row.block_m)
+        numbers = m, h, p.scale
     elif kernel == "keys":
         programs = b * hk * key_tiles
     elif kernel == "queries":

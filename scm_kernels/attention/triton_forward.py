@@ -246,9 +246,9 @@ def _start(x, META: tl.constexpr):
 
 @triton.jit
 def _finish(state, unit, META: tl.constexpr):
-    """(O, tO, lse, mu), normalised by the sums of what the products have seen.
+    """(O, tO, lse, lse_low, mu), normalised by the sums of what the products have seen.
 
-    lse is the one number that a backward subtracts from large scores: it is rounded once.
+    lse is what a backward subtracts from large scores: it is rounded once.
     """
     dead = state.l == 0
     l = tl.where(dead, 1.0, state.l)
@@ -265,13 +265,28 @@ def _finish(state, unit, META: tl.constexpr):
             t_out = t_out + (state.tacc[i] / p_sum[:, None] - (h_sum / p_sum)[:, None] * o,)
         else:
             t_out = t_out + (tl.zeros_like(o),)
-    lse = state.m.to(tl.float64) * unit + (tl.log2(l) / LOG2E)
-    return out, t_out, lse.to(tl.float32), tl.where(dead, 0.0, state.mu / l + state.c)
+    m, log = state.m.to(tl.float64) * unit, tl.log2(l) / LOG2E
+    lse = (m + log).to(tl.float32)
+    low = tl.where(dead, 0.0, (m - lse.to(tl.float64) + log).to(tl.float32))
+    return out, t_out, lse, low, tl.where(dead, 0.0, state.mu / l + state.c)
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
 def attention_forward_kernel(
-    x, out, t_out, lse, mu, M, N, H, GROUP, scale, scale2, unit: tl.float64, META: tl.constexpr
+    x,
+    out,
+    t_out,
+    lse,
+    lse_low,
+    mu,
+    M,
+    N,
+    H,
+    GROUP,
+    scale,
+    scale2,
+    unit: tl.float64,
+    META: tl.constexpr,
 ):
     """out, t_out, lse, mu of a tile of rows. scale is |scale|, scale2 the same over log 2, in
     float32; unit is what one of `_State.m` is in lse."""
@@ -310,12 +325,14 @@ def attention_forward_kernel(
             tmask = _load_mask(x.tmask, batch, head, row, key, M, N, META)
             state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META)
 
-    o, to, log_sum, mean = _finish(state, unit, META)
+    o, to, log_sum, low, mean = _finish(state, unit, META)
     inside = tl.arange(0, META.BLOCK_M) < M - row  # not as above: it would be kept in registers
     tiles.store_rows(out, o, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
     tiles.store_rows(t_out, to, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
     at = tl.cast(index, tl.int64) * M + row + tl.arange(0, META.BLOCK_M)
     tl.store(lse + at, log_sum, inside)
+    if lse_low is not None:
+        tl.store(lse_low + at, low, inside)
     tl.store(mu + at, mean, inside)
 
 
@@ -323,20 +340,20 @@ def attention_forward_kernel(
 
 
 def plan_attention_forward(problem: Forward, precision: str = "exact") -> Callable[[Forward], None]:
-    """What writes out, t_out, lse, mu; `precision` of float32: "exact", "ieee", "tf32"."""
+    """What writes all outputs; `precision` of float32: "exact", "ieee", "tf32"."""
     launch, strides, numbers = _plan(problem, precision)
     absent = [i for i, x in enumerate(strides) if x is None]
 
     def run(p: Forward) -> None:
-        q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, lse, mu = p
+        q, k, v, tq, tk, tv, mask, tmask, _, _, out, t_out, lse, mu, low = p
         views = list(zip((q, k, v, tq, tk, tv, mask, tmask, out, t_out), strides, strict=True))
         for i in absent:
             views[i] = None
         if not launch.known:  # what Triton compiles has names
             views = [None if x is None else View(*x) for x in views]
-            launch(q, Inputs(*views[:8]), *views[8:], lse, mu, *numbers)
+            launch(q, Inputs(*views[:8]), *views[8:], lse, low, mu, *numbers)
         else:
-            launch(q, tuple(views[:8]), *views[8:], lse, mu, *numbers)
+            launch(q, tuple(views[:8]), *views[8:], lse, low, mu, *numbers)
 
     return run
 

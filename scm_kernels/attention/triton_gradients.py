@@ -44,6 +44,7 @@ class Operands(NamedTuple):
     # Of `attention_backward_rows_kernel`: [B H, padded] float32; the last two for a dtO alone.
     padded: int
     lse: Tensor
+    low: Tensor | None
     delta: Tensor
     mu: Tensor | None
     beta: Tensor | None
@@ -59,6 +60,7 @@ class Meta(NamedTuple):
     PRECISION: str
     BLOCK_M: int
     BLOCK_N: int
+    RAW: bool  # lse is that of scores without their scale
 
 
 # --- loads
@@ -97,13 +99,16 @@ def load_mask(
 
 @triton.jit
 def load_stats(x, index, row, AXIS: tl.constexpr, META: tl.constexpr):
-    """(lse, delta, mu, beta) of a tile of rows, [1, M] (AXIS 0) or [M, 1]; () for those absent."""
+    """(lse and low, delta, mu, beta) of a tile of rows, [1, M] (AXIS 0) or [M, 1]; () for those
+    absent."""
     at = tl.cast(index, tl.int64) * x.padded + row
     at = tl.expand_dims(at + tl.arange(0, META.BLOCK_M), AXIS)
-    mu, beta = (), ()
+    lse, mu, beta = (tl.load(x.lse + at),), (), ()
+    if x.low is not None:
+        lse = lse + (tl.load(x.low + at),)
     if x.mu is not None:
         mu, beta = tl.load(x.mu + at), tl.load(x.beta + at)
-    return tl.load(x.lse + at), tl.load(x.delta + at), mu, beta
+    return lse, tl.load(x.delta + at), mu, beta
 
 
 # --- mathematics
@@ -150,21 +155,28 @@ def turned_scores(q, k, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def probabilities(s, mask, live, lse, scale):
-    """P from raw products of Q and K; lse is +inf in a row without a key.
+def probabilities(s, mask, live, lse, scale, RAW: tl.constexpr):
+    """P from raw products of Q and K; lse is +inf in a row without a key, and may have a second
+    part, in units of log 2.
 
-    log2(e), for exp2, multiplies the difference: in units of log 2, large scores and their lse
-    would lose float32 its last digits.
+    Scores are rounded where the forward rounded them: in float32 not before lse is subtracted, or,
+    under a mask, once they are scaled. log2(e), for exp2, multiplies the difference: in units of
+    log 2, large scores and their lse would lose float32 its last digits.
     """
-    if mask is None:
-        s = s * scale - lse
+    if RAW:
+        s = (s - lse[0]) * scale
+    elif mask is None:
+        s = s * scale - lse[0]
     elif mask.dtype == tl.int1:
-        s = tl.where(mask, s * scale - lse, -float("inf"))
+        s = tl.where(mask, s * scale, -float("inf")) - lse[0]
     else:
-        s = s * scale + mask.to(tl.float32) - lse  # a large mask drowns s, as in the forward
+        s = s * scale + mask.to(tl.float32) - lse[0]  # a large mask drowns s
     if live is not None:
         s = tl.where(live, s, -float("inf"))
-    return tl.exp2(s * LOG2E)
+    s = s * LOG2E
+    if len(lse) > 1:
+        s -= lse[1]
+    return tl.exp2(s)
 
 
 @triton.jit
@@ -202,7 +214,7 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
     q, tq, do, dto = queries
     k, tk, v, tv = keys
     lse, delta, mu, beta = stats
-    p = probabilities(product(q, k, None, P), mask, live, lse, scale)
+    p = probabilities(product(q, k, None, P), mask, live, lse, scale, META.RAW)
     g_t, x = (), None
     if len(dto) > 0:
         g_t = p * (product(dto, v, None, P) - beta)

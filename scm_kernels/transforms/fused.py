@@ -8,7 +8,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from scm_kernels._checkpoint import BACKWARD, IN_PLACE, REPEATABLE, looks_on, selects, unrecorded
+from scm_kernels._checkpoint import (
+    BACKWARD,
+    IN_PLACE,
+    REPEATABLE,
+    is_in_place,
+    looks_on,
+    same_random_numbers,
+    selects,
+    unrecorded,
+)
 from scm_kernels._duals import (
     Dual,
     apart,
@@ -75,7 +84,7 @@ class Fused(TorchFunctionMode):
         super().__init__()
         self.forget_level = forget_level
         self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
-        self.dual = make_dual  # what a rule makes its result of
+        self.apart = False  # whether a rule has been handed parts, outside of functorch's stack
 
     @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -88,7 +97,7 @@ class Fused(TorchFunctionMode):
         if eager and func in BACKWARD and level == 0 and _PLAIN.issuperset(types):
             with self:
                 return BACKWARD[func](*args, **kwargs)
-        self.tangent_grad = self.forget_level is None or self.forget_level != level
+        self.tangent_grad = self.records(level)
         rule = RULES.get(func)
         if rule is None and eager:
             rule = EAGER_RULES.get(func)
@@ -113,6 +122,10 @@ class Fused(TorchFunctionMode):
             return out
         return _forget_graph(out, level)
 
+    def records(self, level: int) -> bool:
+        """Whether autograd is to record tangents of functorch's level."""
+        return self.forget_level is None or self.forget_level != level
+
     def _checkpoint(self, function, *args, **kwargs):
         """`torch.utils.checkpoint.checkpoint`, which is a function to a mode under Dynamo alone.
 
@@ -132,7 +145,8 @@ class Fused(TorchFunctionMode):
         if kwargs.get("out") is not None:  # PyTorch refuses it on dual tensors, in its own words
             return NotImplemented
         jvp = jvp_at_work()
-        if jvp is None and level > 0 and getattr(rule, "is_shortcut", False):
+        eager = not torch.compiler.is_compiling()
+        if eager and jvp is None and level > 0 and getattr(rule, "is_shortcut", False):
             return NotImplemented
         if rule is multi_head_attention or jvp is None:
             ruled = any(map(has_tangent, (*args, *kwargs.values())))
@@ -140,15 +154,21 @@ class Fused(TorchFunctionMode):
             parts = [apart(x, level) for x in args]
             named = {name: apart(x, level) for name, x in kwargs.items()} if kwargs else kwargs
             if any(map(_has_tangent, parts)) or any(map(_has_tangent, named.values())):
-                self.dual = Dual
+                self.apart = True
                 with outside():
                     out = rule(self, *parts, **named)
                 return out if out is NotImplemented else together(out)
             ruled = False
         if ruled or rule is attention:  # which looks for tangents of outer levels too
-            self.dual = make_dual
+            self.apart = False
             return rule(self, *args, **kwargs)
         return NotImplemented
+
+    def dual(self, out: Tensor, t_out: Tensor) -> Tensor | Dual:
+        """What a rule makes its result of."""
+        if not self.tangent_grad and (torch.compiler.is_compiling() or t_out._is_view()):
+            t_out = t_out.detach()  # PyTorch lets nobody write to a view that no_grad has made
+        return Dual(out, t_out) if self.apart else make_dual(out, t_out)
 
     def _beside(self, func, level: int, args, kwargs):
         """The primal as autograd records it of PyTorch's own, and beside it the tangent."""
@@ -159,10 +179,10 @@ class Fused(TorchFunctionMode):
         values, options = pytree.tree_map_only(
             Tensor, lambda x: apart(x, level).primal, (args, kwargs)
         )
-        written = args[0] if _is_in_place(func, args, kwargs) else None
+        written = args[0] if is_in_place(func, args, kwargs) else None
         if written is not None:
             args, values = (written.clone(), *args[1:]), (values[0].clone(), *values[1:])
-        with unrecorded():
+        with same_random_numbers(func, values[0]), unrecorded():
             duals = func(*args, **kwargs)
         with outside():
             out = func(*values, **options)
@@ -182,12 +202,6 @@ def _may_be_repeated(func, selective: bool) -> bool:
     if selective:  # which numbers the ops of linear functions too
         return func in _LINEAR or (func in REPEATABLE and func not in IN_PLACE)
     return func in REPEATABLE
-
-
-def _is_in_place(func, args, kwargs) -> bool:
-    if func in IN_PLACE or kwargs.get("inplace"):
-        return True
-    return getattr(func, "__module__", None) == F.__name__ and any(x is True for x in args)
 
 
 def _has_tangent(x: object) -> bool:
@@ -255,8 +269,8 @@ def _refuse_numbered_tangents(func, inputs, outputs) -> None:
     written = getattr(func, "__name__", "").endswith("_")
     if any(has_tangent(x) and (written or id(x) not in unchanged) for x in results):
         raise NotImplementedError(
-            f"{func}: in a selective checkpoint inside of a jvp this function cannot be computed "
-            "again, as it may draw random numbers or write to its input; take a plain checkpoint, "
+            f"{func}: in a selective checkpoint inside of a jvp this function is not computed "
+            "twice, as it may draw random numbers or write to its input; take a plain checkpoint, "
             "or keep the function out of it"
         )
 

@@ -1,6 +1,7 @@
 """`torch.func.jvp` of a whole network through this package's paths."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from scm_kernels import _checks
+from scm_kernels._checkpoint import inside_of_a_jvp
 from scm_kernels._duals import current_level
 from scm_kernels.transforms.fused import Fused
 
@@ -28,8 +30,9 @@ def jvp(
     it. With `tangent_grad` False no graph and no saved activation is kept for `t_out`: one pass
     serves both the target of a consistency model and the gradient, in the memory of an ordinary
     forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
-    compute the primals again. With `tangent_grad` True their backward raises PyTorch's
-    `CheckpointError`: a checkpoint belongs around the jvp.
+    compute the primals again. Their backward raises PyTorch's `CheckpointError` with
+    `tangent_grad` True, where a checkpoint belongs around the jvp, and around an
+    `autograd.Function` of one's own. PyTorch's forward mode is for one thread of a process.
 
     Args:
         func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with
@@ -72,7 +75,8 @@ def jvp(
     primals, tangents = pytree.tree_map(_owned, (primals, tangents))
     if not tangent_grad:
         tangents = _detached(tangents)
-    out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
+    with nullcontext() if torch.compiler.is_compiling() else inside_of_a_jvp():
+        out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
     return (out, t_out if tangent_grad else _detached(t_out), *aux)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from scm_kernels._checkpoint import unrecorded
-from scm_kernels._duals import Dual, primals, unpack
+from scm_kernels._duals import primals, unpack
 
 
 def tangent_context(mode):
@@ -28,7 +28,7 @@ def on_primals(mode, func, *operands, composite: bool = False):
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
     which saves results of its own, those too. functorch's transforms end before.
     """
-    if mode.dual is Dual:
+    if mode.apart:
         return func(*map(primals, operands))
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return func(*(unpack(x)[0] for x in operands))
@@ -62,6 +62,7 @@ def bilinear(func, *names: str):
                 t_out = part if t_out is None else t_out + part
         return mode.dual(out, t_out)
 
+    rule.is_shortcut = True
     return rule
 
 
@@ -85,3 +86,6 @@ def einsum(mode, equation, *operands):
                 part = torch.einsum(equation, *parts[:i], tangent, *parts[i + 1 :])
                 t_out = part if t_out is None else t_out + part
     return mode.dual(out, t_out)
+
+
+einsum.is_shortcut = True
