@@ -267,12 +267,27 @@ def test_jvp_of_a_vmap_of_a_rule_raises(through):
     """No batching rule for unpacking a dual tensor: vmap(jvp) is the order that works."""
     rows = torch.randn(3, 1, 6, dtype=torch.float64)
     for func in (
-        vmap(lambda x: F.linear(x, W)),
         vmap(lambda x: F.scaled_dot_product_attention(x, x, x)),
         vmap(lambda x: F.layer_norm(x, (6,))),
     ):
         with pytest.raises(NotImplementedError, match=r"jvp\(vmap\(f\)\)"):
             scm_kernels.jvp(func, (rows,), (rows,), tangent_grad=through)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda x: vmap(lambda row: F.linear(row, W))(x),
+        lambda x: vmap(lambda row: torch.einsum("j,jk->k", row, W))(x),
+        lambda x: x * vmap(lambda row: F.layer_norm(row, (6,)))(UX),
+        lambda x: x * vmap(lambda a: F.scaled_dot_product_attention(a, a, a))(UX[:, None])[:, 0],
+    ],
+    ids=["linear", "einsum", "norm of constants", "attention of constants"],
+)
+def test_a_vmap_inside(func, through):
+    """Of what PyTorch has a batching rule for, or of what is not dual."""
+    close(scm_kernels.jvp(func, (X,), (TX,), tangent_grad=through), stock_jvp(func, (X,), (TX,)))
 
 
 def test_hessians():

@@ -1,10 +1,11 @@
 """The gradient through `out` alone by a backward of PyTorch's attention, from our out and lse.
 
-On a CPU its flash backward stands in for the reference alone, not in float32: it is slower than the
-kernels of `cpu.py`. On a GPU it has two that make five products a tile where ours make seven: the flash one,
-in half types without a mask, and the memory-efficient one, which takes masks that are added, other
-widths of values, and float32. They go before Triton's kernels where they are faster. Neither sums
-dq in the same order every time, but under `torch.use_deterministic_algorithms`.
+On a CPU its flash backward stands in for the reference alone, not in float32: it is slower than
+the kernels of `cpu.py`. On a GPU it has two that make five products a tile where ours make seven:
+the flash one, in half types without a mask, and the memory-efficient one, which takes masks that
+are added, other widths of values, and float32. They go before Triton's kernels where they are
+faster. Neither sums dq in the same order every time, but under
+`torch.use_deterministic_algorithms`.
 """
 
 import math
