@@ -6,7 +6,7 @@ it is handed the parts of its dual tensors as they are outside of the jvp, compu
 it returns is made dual inside again.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -45,21 +45,28 @@ def has_tangent(x: object) -> bool:
 
 def unpack_here(x: object) -> tuple[object, Tensor | None]:
     """`unpack` at the front door, where transforms may meet."""
-    if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_batched_here(x):
-        if not is_dual_outside(x):
-            return x, None
-        raise NotImplementedError(
-            "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; "
-            "take vmap(jvp(f)), or give the batch to the op as a dimension"
-        )
+    if is_batched_here(x):
+        if is_dual_outside(x):
+            refuse_batched()
+        return x, None
     return unpack(x)
 
 
-def _is_batched_here(x: Tensor) -> bool:
+def is_batched_here(x: object) -> bool:
     """Whether the innermost transform is a vmap over x; one outside of the jvp is in order."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return False
     if not _functorch.is_batchedtensor(x):
         return False
     return _functorch.maybe_get_level(x) == _functorch.peek_interpreter_stack().level()
+
+
+def refuse_batched() -> NoReturn:
+    """Raise where a function that takes dual tensors apart meets a vmap inside of the jvp."""
+    raise NotImplementedError(
+        "scm_kernels: a jvp of a vmap (jvp(vmap(f))) has no batching rule for dual tensors; take "
+        "vmap(jvp(f)), or give the batch to the op as a dimension"
+    )
 
 
 def is_dual_outside(x: object) -> bool:

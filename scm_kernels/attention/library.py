@@ -30,15 +30,15 @@ dual_level: ContextVar[Tensor | None] = ContextVar("scm_kernels_dual_level", def
 # --- attention_jvp: the forward
 
 
-def _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
-    """Allocated outputs; out lies in memory as q does ([B, M, H, D] or [B, H, M, D])."""
+def _allocate(q, v, mask) -> tuple[Tensor | None, ...]:
+    """The outputs; out lies in memory as q does ([B, M, H, D] or [B, H, M, D])."""
     (b, h, m, _), e = q.shape, v.shape[3]
     if q.stride(1) < q.stride(2):
         out = q.new_empty(b, m, h, e).transpose(1, 2)
     else:
         out = q.new_empty(b, h, m, e)
     lse = q.new_empty(b, h, m, dtype=_stats_dtype(q))
-    low = torch.empty_like(lse) if _needs_low(q, mask) else q.new_empty(b, h, 0)
+    low = torch.empty_like(lse) if _needs_low(q, mask) else None
     return out, torch.empty_like(out), lse, torch.empty_like(lse), low
 
 
@@ -48,23 +48,27 @@ def _needs_low(q: Tensor, mask: Tensor | None) -> bool:
     return q.dtype.itemsize >= 4 or (mask is not None and mask.dtype != torch.bool)
 
 
+def _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
+    return _returned(_allocate(q, v, mask))
+
+
+def _returned(outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """As an op returns them: an lse_low that nobody needs has no rows."""
+    *others, low = outputs
+    return (*others, others[2].new_empty(*others[2].shape[:2], 0) if low is None else low)
+
+
 def _stats_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend):
-    outputs = _empty_forward(q, k, v, tq, tk, tv, mask, tmask, causal, scale, tangent_grad, backend)
-    if 0 in q.shape[:3]:  # no batch, heads or rows: no backend meets an empty problem
-        return outputs
-    inputs = (_rowwise(x) for x in (q, k, v, tq, tk, tv))
-    problem = Forward(*inputs, mask, tmask, causal, scale, *_present(outputs))
-    _backends.run("attention", "forward", problem, backend)
-    return outputs
-
-
-def _present(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """With None for an lse_low that nobody needs, which an op has to return."""
-    return outputs if outputs[4].shape[2] else (*outputs[:4], None)
+    outputs = _allocate(q, v, mask)
+    if 0 not in q.shape[:3]:  # without batch, heads or rows: no backend meets an empty problem
+        inputs = (_rowwise(x) for x in (q, k, v, tq, tk, tv))
+        problem = Forward(*inputs, mask, tmask, causal, scale, *outputs)
+        _backends.run("attention", "forward", problem, backend)
+    return _returned(outputs)
 
 
 def _rowwise(x: Tensor | None) -> Tensor | None:
@@ -87,18 +91,18 @@ class Call:
         rowwise = all(_rowwise(x) is x for x in tensors[:6])
         return rowwise and 0 not in tensors[0].shape[:3]
 
-    def __call__(self, tensors) -> tuple[Tensor, ...]:
+    def __call__(self, tensors) -> tuple[Tensor | None, ...]:
         _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
         if _library.differentiable(tensors):
             return _Attention.apply(*tensors, *self.options, self)  # no transform is about
         return self.run(tensors)
 
     @_library.without_autocast
-    def run(self, tensors) -> tuple[Tensor, ...]:
+    def run(self, tensors) -> tuple[Tensor | None, ...]:
         """The kernel, where autograd has nothing to record."""
         causal, scale, _, backend = self.options
-        outputs = _empty_forward(*tensors, *self.options)
-        problem = Forward(*tensors, causal, scale, *_present(outputs))
+        outputs = _allocate(tensors[0], tensors[2], tensors[6])
+        problem = Forward(*tensors, causal, scale, *outputs)
         if self.plan is None:
             self.plan = _backends.plan("attention", "forward", problem, backend)
         self.plan(problem)
@@ -116,11 +120,12 @@ class _Attention(_library.Function):
         else:
             out, t_out, lse, mu, low = call.run(tensors)
         ctx.set_materialize_grads(False)
+        stats = (lse, mu) if low is None else (lse, mu, low)
         if tangent_grad:
-            ctx.mark_non_differentiable(lse, mu, low)
+            ctx.mark_non_differentiable(*stats)
             ctx.save_for_backward(*tensors, out, t_out, lse, mu, low)
         else:
-            ctx.mark_non_differentiable(t_out, lse, mu, low)
+            ctx.mark_non_differentiable(t_out, *stats)
             q, k, v, _, _, _, mask, _ = tensors
             ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None, low)
         ctx.options = causal, scale, backend
@@ -223,7 +228,7 @@ def _backward(dout, dt_out, *args):
         scale,
         *(_rowwise(out), _rowwise(t_out)),
         *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
-        low.contiguous() if low.shape[2] else None,
+        None if low is None or low.shape[2] == 0 else low.contiguous(),
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )
@@ -314,8 +319,8 @@ attention_jvp = _library.define(
 )
 attention_jvp_backward = _library.define(
     f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
-    " Tensor lse, Tensor? mu, Tensor lse_low, bool causal, float scale, bool[] wanted, str backend)"
-    " -> Tensor[]",
+    " Tensor lse, Tensor? mu, Tensor? lse_low, bool causal, float scale, bool[] wanted,"
+    " str backend) -> Tensor[]",
     kernel=_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

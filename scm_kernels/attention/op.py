@@ -6,20 +6,21 @@ from types import NoneType
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _backends, _checkpoint, _checks, _library, _plans
 from scm_kernels._duals import (
     Dual,
     current_level,
-    has_graph,
+    is_batched_here,
     is_dual_outside,
     make_dual,
+    refuse_batched,
     unpack_here,
 )
 from scm_kernels._dynamo import never_compiled_alone
 from scm_kernels.attention import library
+from scm_kernels.attention.stock import autocast, stock_attention
 
 _TENSORS = ("query", "key", "value", "t_query", "t_key", "t_value", "attn_mask", "t_attn_mask")
 _OUTER_LEVEL = (
@@ -97,11 +98,13 @@ def dual_attention(
     pairs = [unpack_here(x) for x in inputs] if forward_ad._current_level >= 0 else []
     if all(tangent is None for _, tangent in pairs):
         try:
-            return _stock(inputs, dropout_p, is_causal, scale, enable_gqa)
+            return stock_attention(inputs, dropout_p, is_causal, scale, enable_gqa)
         except NotImplementedError as error:
             if not any(map(is_dual_outside, inputs)):
                 raise
             raise NotImplementedError(_OUTER_LEVEL) from error
+    if any(map(is_batched_here, inputs)):
+        refuse_batched()
     _checks.number("dropout_p", dropout_p)
     if dropout_p != 0.0:
         raise NotImplementedError(
@@ -111,13 +114,15 @@ def dual_attention(
     apart = any(type(x) is Dual for x in inputs)
     with torch._C.DisableTorchFunction():  # the mode has no part in what happens in here
         (q, tq), (k, tk), (v, tv), (mask, tmask) = pairs
-        tensors = _autocast((q, k, v, tq, tk, tv, mask, tmask))
+        tensors = autocast((q, k, v, tq, tk, tv, mask, tmask))
         beside = not tangent_grad and _checkpoint.looks_on()
         recording = _checkpoint.unrecorded() if beside else nullcontext()
         with recording, nullcontext() if apart else _inside_level():
             out, t_out, *_ = _attention(tensors, is_causal, scale, enable_gqa, tangent_grad)
         if beside:
-            out = _stock([primal for primal, _ in pairs], 0.0, is_causal, scale, enable_gqa)
+            out = stock_attention(
+                [primal for primal, _ in pairs], 0.0, is_causal, scale, enable_gqa
+            )
         return Dual(out, t_out) if apart else make_dual(out, t_out)
 
 
@@ -171,36 +176,12 @@ def attention_jvp(
     _checks.flag("return_stats", return_stats)
     tensors = (query, key, value, t_query, t_key, t_value, attn_mask, t_attn_mask)
     out, t_out, lse, mu, _ = _attention(
-        _autocast(tensors), is_causal, scale, enable_gqa, tangent_grad=True
+        autocast(tensors), is_causal, scale, enable_gqa, tangent_grad=True
     )
     return (out, t_out, lse, mu) if return_stats else (out, t_out)
 
 
 # --- dual tensors ---------------------------------------------------------------------------------
-
-
-def _stock(inputs, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
-    """PyTorch's own function, of what is not dual at the innermost level."""
-    if _learned_outside(inputs[3]):
-        return torch.ops.aten._scaled_dot_product_attention_math(
-            *_autocast(inputs), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )[0]
-    return F.scaled_dot_product_attention(
-        *inputs, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def _learned_outside(mask: object) -> bool:
-    """Whether autograd records mask at a level outside of the innermost transform alone.
-
-    PyTorch looks at the innermost one when it chooses a kernel, and its fused one for CPUs has no
-    gradient of the mask.
-    """
-    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or current_level() == 0:
-        return False
-    if not mask.is_floating_point() or not has_graph(mask):
-        return False
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _inside_level():
@@ -218,19 +199,6 @@ def _dual_level():
         yield
     finally:
         library.dual_level.reset(token)
-
-
-def _autocast(tensors: tuple) -> tuple:
-    """As autocast does for PyTorch's own function: floats but float64 to the lower precision."""
-    if not isinstance(tensors[0], Tensor) or not _checks.under_autocast(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in tensors
-    )
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -23,9 +23,11 @@ from scm_kernels._duals import (
     apart,
     current_level,
     has_tangent,
+    is_batched_here,
     jvp_at_work,
     make_dual,
     outside,
+    refuse_batched,
     together,
     without_tangent_graph,
 )
@@ -149,7 +151,10 @@ class Fused(TorchFunctionMode):
         if eager and jvp is None and level > 0 and getattr(rule, "is_shortcut", False):
             return NotImplemented
         if rule is multi_head_attention or jvp is None:
-            ruled = any(map(has_tangent, (*args, *kwargs.values())))
+            values = (*args, *kwargs.values())
+            ruled = any(map(has_tangent, values))
+            if ruled and any(map(is_batched_here, values)):
+                refuse_batched()
         else:
             parts = [apart(x, level) for x in args]
             named = {name: apart(x, level) for name, x in kwargs.items()} if kwargs else kwargs
