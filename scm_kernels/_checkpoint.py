@@ -118,7 +118,7 @@ def selects() -> bool:
 def _hook() -> Callable | None:
     """The innermost checkpoint's, which is another for each of them."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__:
+    if hooks is None or getattr(hooks[0], "__module__", "") != torch.utils.checkpoint.__name__:
         return None
     return hooks[0]
 

@@ -166,7 +166,7 @@ def _pass(
             precision == "ieee",
         )
     products = row.precision(precision)
-    raw = p.q.dtype == torch.float32 and p.mask is None and p.scale != 0.0
+    raw = p.lse_low is not None and p.mask is None and p.scale != 0.0
     meta = Meta(
         *(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n),
         RAW=raw,
