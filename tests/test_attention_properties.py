@@ -6,6 +6,7 @@ run; `pytest -m 'slow or not slow'` makes many more of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -225,3 +226,34 @@ def test_the_primal_is_eager_attention(case):
     q, k, v, mask = (inputs[name] for name in ("query", "key", "value", "attn_mask"))
     out = eager(q, k, v, mask, causal=case.causal, scale=case.scale)
     torch.testing.assert_close(run(case, inputs)["out"], out, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("logits", [1e4, 3e9])
+@pytest.mark.parametrize("mask", ["", "bool", "zeros"])
+@pytest.mark.parametrize("d", [64, 72])  # 1 / sqrt(64) is exact in float32, the other is not
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_scores_are_those_of_one_key(backend, d, mask, logits):
+    """The largest score of a row is all of its softmax, however its product was rounded."""
+    torch.manual_seed(0)
+    device = device_of(backend)
+    q, k, v, cotangent = (
+        torch.randn(1, 2, n, d, dtype=torch.float64, device=device) for n in (24, 40, 40, 24)
+    )
+    q *= logits
+    bias = {"": None, "bool": torch.rand(24, 40, device=device) > 0.3}
+    bias = bias.get(mask, torch.zeros(24, 40, device=device))
+    scores = q.float().double() @ k.float().double().mT
+    if mask == "bool":
+        scores = scores.masked_fill(~bias, -math.inf)
+    chosen = torch.nn.functional.one_hot(scores.argmax(-1), 40).double()
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    with scm_kernels.backend(backend):
+        out, t_out, lse, _ = attention_jvp(
+            *leaves, leaves[0].detach(), None, None, attn_mask=bias, return_stats=True
+        )
+        dv = torch.autograd.grad(out, leaves[2], cotangent.float())[0]
+    torch.testing.assert_close(out.double(), chosen @ v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dv.double(), chosen.mT @ cotangent, rtol=1e-4, atol=1e-4)
+    largest = scores.amax(-1) / math.sqrt(d)
+    torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=0.0)
+    assert t_out.isfinite().all()

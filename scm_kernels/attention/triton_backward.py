@@ -64,16 +64,17 @@ def attention_backward_rows_kernel(
         tl.store(x.mu + target, tl.load(mu + source, mask=live, other=0.0))
     tl.store(x.delta + target, delta)
     log_sum = tl.load(lse + source, mask=live, other=-float("inf"))
-    dead = log_sum == -float("inf")
-    log_sum = tl.where(dead, float("inf"), log_sum)
+    dead, beyond = log_sum == -float("inf"), float("inf")
+    log_sum = tl.where(dead, 0.0, log_sum)
     if x.low is not None:
         low = tl.load(lse_low + source, mask=live, other=0.0)
         if META.RAW:
             scaled = log_sum.to(tl.float64)
             log_sum = (scaled / scale).to(tl.float32)
             low = (scaled - log_sum.to(tl.float64) * scale + low).to(tl.float32)
-        tl.store(x.low + target, tl.where(dead, 0.0, low * LOG2E))
-    tl.store(x.lse + target, log_sum)
+            beyond = tl.where(scale > 0, beyond, -beyond)
+        tl.store(x.low + target, low * LOG2E)
+    tl.store(x.lse + target, tl.where(dead, beyond, log_sum))
 
 
 # --- keys
