@@ -78,6 +78,23 @@ def scaled_in_place(h, w, x):
     return F.silu(F.relu(h, True).add(1), inplace=True)
 
 
+def view_written_to(h, w, x):
+    h = h * 2
+    h[:, 1:].relu_()
+    return h * w[0]
+
+
+def elements_written_to(h, w, x):
+    h = h * 2
+    h[:, 1:] = x[:, 1:]
+    return h * w[0]
+
+
+WRITING = {
+    "in place": scaled_in_place,
+    "view written to": view_written_to,
+    "elements written to": elements_written_to,
+}
 # name: function of h = x w + b, which has a tangent, of w, b and of x.
 FUNCTIONS = {
     "attention": lambda h, w, x: attend(h, x),
@@ -103,7 +120,7 @@ FUNCTIONS = {
     "several outputs": lambda h, w, x: torch.cat([h.max(dim=0)[0], *torch.var_mean(h, 0)]),
     "normalized": lambda h, w, x: F.normalize(h, dim=-1) @ w + F.softplus(h).cumsum(0),
     "constant": lambda h, w, x: F.softmax(w, -1)[0] + h,
-    "in place": scaled_in_place,
+    **WRITING,
     "dropout": lambda h, w, x: F.dropout(F.dropout(h * 1, 0.5, True, True).sin() * w[0], 0.3),
     "dropout2d": lambda h, w, x: F.dropout2d(h[None, None], 0.5)[0, 0].sin(),
     "alpha_dropout": lambda h, w, x: F.alpha_dropout(h, 0.5).sin(),
@@ -150,7 +167,7 @@ def inside_case(name, policy=None):
         (name, policy)
         for name in FUNCTIONS
         for policy in POLICIES
-        if "dropout" not in name and (name != "in place" or policy == "plain")
+        if "dropout" not in name and (name not in WRITING or policy == "plain")
     ],
 )
 def test_inside_a_jvp(name, policy):
@@ -165,8 +182,9 @@ def test_inside_a_jvp(name, policy):
     assert max(y.abs().max() for y in got) > 0
 
 
-def test_what_writes_is_refused_in_a_selective_checkpoint():
-    kept, _, x, tx, _ = inside_case("in place", matmuls)
+@pytest.mark.parametrize("name", ["in place", "view written to", "elements written to"])
+def test_what_writes_is_refused_in_a_selective_checkpoint(name):
+    kept, _, x, tx, _ = inside_case(name, matmuls)
     with pytest.raises(NotImplementedError, match="selective checkpoint"):
         scm_kernels.jvp(kept, (x,), (tx,))
 

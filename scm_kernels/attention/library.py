@@ -44,7 +44,8 @@ def _allocate(q, v, mask) -> tuple[Tensor | None, ...]:
 
 def _needs_low(q: Tensor, mask: Tensor | None) -> bool:
     """Whether P = exp(S - lse) asks for more digits of lse than float32 has: those of P in float32,
-    or those of the scores that a large mask has drowned."""
+    or those of the scores that a large mask has drowned. In half types the score itself is known to
+    fewer."""
     return q.dtype.itemsize >= 4 or (mask is not None and mask.dtype != torch.bool)
 
 

@@ -112,6 +112,8 @@ class Fused(TorchFunctionMode):
             out = self._beside(func, level, args, kwargs)
             if out is not NotImplemented:
                 return out
+        if selective and _is_written_to(func):
+            _refuse_numbered(func, args)
         custom = _is_custom(func)
         if custom:
             _refuse_mutation(func, (args, kwargs))
@@ -119,7 +121,8 @@ class Fused(TorchFunctionMode):
         if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
         if selective:
-            _refuse_numbered_tangents(func, (args, kwargs), out)
+            unchanged = set(map(id, pytree.tree_leaves((args, kwargs))))  # by a dropout of nothing
+            _refuse_numbered(func, [x for x in pytree.tree_leaves(out) if id(x) not in unchanged])
         if self.tangent_grad or (eager and func in _LINEAR):
             return out
         return _forget_graph(out, level)
@@ -267,12 +270,15 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
             )
 
 
-def _refuse_numbered_tangents(func, inputs, outputs) -> None:
-    """Raise where a selective checkpoint saw the ops of a tangent as well."""
-    unchanged = set(map(id, pytree.tree_leaves(inputs)))  # by a dropout of nothing, for one
-    results = pytree.tree_leaves(outputs)
-    written = getattr(func, "__name__", "").endswith("_")
-    if any(has_tangent(x) and (written or id(x) not in unchanged) for x in results):
+def _is_written_to(func) -> bool:
+    """Whether a function of PyTorch's writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _refuse_numbered(func, values) -> None:
+    """Raise where a selective checkpoint sees the ops of a tangent as well."""
+    if any(map(has_tangent, pytree.tree_leaves(values))):
         raise NotImplementedError(
             f"{func}: in a selective checkpoint inside of a jvp this function is not computed "
             "twice, as it may draw random numbers or write to its input; take a plain checkpoint, "
