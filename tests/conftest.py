@@ -11,6 +11,9 @@ import torch
 from benchmarks import offline_cuda, tools
 from scm_kernels import _cuda, _triton
 
+# The compiled graphs on disk know an op by its name: none of another version of it is to be met.
+torch.compiler.config.force_disable_caches = True
+
 if _triton.interpreting() and _triton.unavailable() is None:
     import quick_interpreter
 
