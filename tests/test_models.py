@@ -300,7 +300,11 @@ def test_bfloat16_autocast(build):
         assert error <= 2 * lo_error + 1e-3 * true.abs().mean()
 
 
-@EVERY
+@pytest.mark.parametrize(
+    ("build", "dtype", "rtol"),
+    [MODELS[i] for i in (0, 2, 4, 8, 9)],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
 def test_gradient_checkpointing(build, dtype, rtol):
     """Parts that stay in float32 are rounded as by another formula of the same derivative."""
     network, primals, tangents = make(build, dtype)
