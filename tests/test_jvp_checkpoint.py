@@ -84,6 +84,13 @@ def view_written_to(h, w, x):
     return h * w[0]
 
 
+def added_to(h, w, x):
+    h = h * 2
+    h += x * w[0]
+    h -= x
+    return h.sin()
+
+
 def elements_written_to(h, w, x):
     h = h * 2
     h[:, 1:] = x[:, 1:]
@@ -93,6 +100,7 @@ def elements_written_to(h, w, x):
 WRITING = {
     "in place": scaled_in_place,
     "view written to": view_written_to,
+    "added to": added_to,
     "elements written to": elements_written_to,
 }
 # name: function of h = x w + b, which has a tangent, of w, b and of x.
@@ -182,7 +190,7 @@ def test_inside_a_jvp(name, policy):
     assert max(y.abs().max() for y in got) > 0
 
 
-@pytest.mark.parametrize("name", ["in place", "view written to", "elements written to"])
+@pytest.mark.parametrize("name", WRITING)
 def test_what_writes_is_refused_in_a_selective_checkpoint(name):
     kept, _, x, tx, _ = inside_case(name, matmuls)
     with pytest.raises(NotImplementedError, match="selective checkpoint"):

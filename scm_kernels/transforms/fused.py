@@ -53,6 +53,10 @@ _LINEAR = frozenset(
     if hasattr(place, name)
 ) | {Tensor.T.__get__, Tensor.mT.__get__}
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
+_WRITING = frozenset(
+    f"__{name}__"
+    for name in ("setitem", "iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "imod", "ipow")
+)
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
 
@@ -121,7 +125,7 @@ class Fused(TorchFunctionMode):
         if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
         if selective:
-            unchanged = set(map(id, pytree.tree_leaves((args, kwargs))))  # by a dropout of nothing
+            unchanged = set(map(id, pytree.tree_leaves((args, kwargs))))  # by cpu(), for one
             _refuse_numbered(func, [x for x in pytree.tree_leaves(out) if id(x) not in unchanged])
         if self.tangent_grad or (eager and func in _LINEAR):
             return out
@@ -273,7 +277,7 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
 def _is_written_to(func) -> bool:
     """Whether a function of PyTorch's writes to its first argument."""
     name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _refuse_numbered(func, values) -> None:
