@@ -17,7 +17,7 @@ computes dual tensors again on the paths of the first time.
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -50,20 +50,21 @@ _OVER_DIMENSIONS = (
 )
 
 
-def _functions(names) -> frozenset:
+def functions(names: Iterable[str]) -> frozenset:
+    """PyTorch's functions of these names, methods among them."""
     places = (torch, Tensor, F, torch.linalg, torch.special)
     return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
 
 
-_RANDOM = _functions(
+_RANDOM = functions(
     ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
 )
 _NAMES = (*_ACTIVATIONS, *_POINTWISE, *_OVER_DIMENSIONS)
-IN_PLACE = _functions(
+IN_PLACE = functions(
     [f"{name}_" for name in _NAMES] + ["__imul__", "__ipow__", "__itruediv__", "__idiv__"]
 )
 # Functions that may be called twice. Linear ones need not be in here: their tangents save nothing.
-REPEATABLE = _functions(_NAMES) | IN_PLACE | _RANDOM
+REPEATABLE = functions(_NAMES) | IN_PLACE | _RANDOM
 
 
 def is_in_place(func: Callable, args: tuple, kwargs: dict) -> bool:

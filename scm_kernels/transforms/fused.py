@@ -2,7 +2,6 @@
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -12,6 +11,7 @@ from scm_kernels._checkpoint import (
     BACKWARD,
     IN_PLACE,
     REPEATABLE,
+    functions,
     is_in_place,
     looks_on,
     same_random_numbers,
@@ -39,9 +39,8 @@ from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_he
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
 # Functions that are linear in all that may be dual: their tangents are functions of tangents alone,
 # of which autograd has no graph where it is to keep none.
-_LINEAR = frozenset(
-    getattr(place, name)
-    for name in (
+_LINEAR = functions(
+    (
         *("view", "view_as", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
         *("expand_as", "transpose", "permute", "movedim", "chunk", "split", "unbind", "select"),
         *("narrow", "__getitem__", "contiguous", "clone", "to", "float", "type_as", "cat", "stack"),
@@ -49,8 +48,6 @@ _LINEAR = frozenset(
         *("bfloat16", "cumsum", "diff", "double", "gather", "half", "index_select", "interpolate"),
         *("masked_fill", "repeat_interleave", "swapaxes", "tril", "triu", "t"),
     )
-    for place in (torch, Tensor, F)
-    if hasattr(place, name)
 ) | {Tensor.T.__get__, Tensor.mT.__get__}
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _WRITING = frozenset(
