@@ -237,6 +237,7 @@ def _features() -> list[Case]:
     cases.append(Case("shared", d=64, shared=16.0, **big))
     cases.append(Case("shared_causal", d=64, shared=16.0, causal=True, **big))
     cases.append(Case("shared_late", d=64, shared=16.0, mask="late", **big))
+    cases.append(Case("shared_sharp", d=72, shared=16.0, logits=30.0, **big))
     return cases
 
 

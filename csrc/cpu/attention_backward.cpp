@@ -161,7 +161,7 @@ class Backward {
       if (!dt_out) continue;
       mu_[i] = p_.mu[first + i];
       beta_[i] = dot(dt_out, out, row + i);
-      delta_[i] += dot(dt_out, t_out, row + i) - mu_[i] * beta_[i];
+      delta_[i] += dot(dt_out, t_out, row + i);
     }
   }
 
@@ -241,10 +241,11 @@ class Backward {
             if (p_.tmask) y += load<VecF>(t_bias_ + at);
             y = x == dead ? VecF{} : y;
           }
-          const VecF b = load<VecF>(b_ + at);
-          gradient += b * (y - mu) - beta * y;
-          tp[i] = p[i] * (y - mu);
-          gt[i] = p[i] * (b - beta);
+          y -= mu;
+          const VecF b = load<VecF>(b_ + at) - beta;
+          gradient += b * y;
+          tp[i] = p[i] * y;
+          gt[i] = p[i] * b;
           if (p_.dtmask) store(b_ + at, gt[i]);
         }
         gs[i] = p[i] * gradient;

@@ -26,12 +26,14 @@ all of tK shares must cancel in tacc - mu O. A row without a live key gives O = 
 
 Backward, with cotangents dO and dtO, and the same tiles:
 
-    beta  = rowsum(dtO * O)         delta = rowsum(dO * O) + rowsum(dtO * tO) - mu beta
+    beta  = rowsum(dtO * O)         delta = rowsum(dO * O) + rowsum(dtO * tO)
     A  = dO V^T + dtO tV^T          B = dtO V^T          tP = P (T - mu)
-    gT = P (B - beta)               gS = P (A + B (T - mu) - beta T - delta)
+    gT = P (B - beta)               gS = P (A - delta) + gT (T - mu)
     dQ = scale (gS K + gT tK)       dK = scale (gS^T Q + gT^T tQ)       dV = P^T dO + tP^T dtO
     dtQ = scale gT K                dtK = scale gT^T Q                  dtV = P^T dtO
     dmask = gS                      dtmask = gT
+
+T enters a gradient as T - mu alone, for the same reason as c.
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -290,7 +292,7 @@ class _RowGradient:
         if self.dto is not None:
             self.mu = tiles.rows(p.mu[..., None], rows)
             self.beta = (self.dto * out).sum(-1, keepdim=True)
-            self.delta += (self.dto * t_out).sum(-1, keepdim=True) - self.mu * self.beta
+            self.delta += (self.dto * t_out).sum(-1, keepdim=True)
 
     def add(self, keys: slice, sums: dict[str, Tensor | None]) -> None:
         tiles, do, dto = self.tiles, self.do, self.dto
@@ -304,11 +306,10 @@ class _RowGradient:
         else:
             if tiles.tv is not None:
                 a = a + dto @ tiles.tv[:, :, keys].mT
-            b = dto @ v.mT
-            t = torch.zeros_like(p) if t is None else t.flatten(2, 3)
-            t_p = p * (t - self.mu)
-            grad_t = p * (b - self.beta)
-            grad_s = p * (a - self.beta * t - self.delta) + t_p * b
+            t = torch.zeros_like(p) if t is None else t.flatten(2, 3) - self.mu
+            t_p = p * t
+            grad_t = p * (dto @ v.mT - self.beta)
+            grad_s = p * (a - self.delta) + grad_t * t
         self._scatter(keys, sums, p, t_p, grad_s, grad_t)
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:

@@ -1,14 +1,9 @@
 """What the backward kernels in Triton are made of: their arguments, and the mathematics of a tile.
 
-Formulas and symbols are those of `reference.py`, with two differences. A tile lies as rows by keys
-[M, N] or as keys by rows [N, M], whichever its sums ask for: the functions take what belongs to
-rows (lse, delta, mu, beta, indices) as [M, 1] or as [1, M], and a product over features is that of
-what lies first with what lies second. And terms are collected around X, so that a component that
-all of tK shares cancels before anything is multiplied:
-
-    X  = T - mu       tP = P X       gT = P (B - beta)       gS = P A + (gT X - P delta)
-
-    with delta = rowsum(dO O) + rowsum(dtO tO), which is the reference's + mu beta
+Formulas and symbols are those of `reference.py`, and X = T - mu. A tile lies as rows by keys [M, N]
+or as keys by rows [N, M], whichever its sums ask for: the functions take what belongs to rows (lse,
+delta, mu, beta, indices) as [M, 1] or as [1, M], and a product over features is that of what lies
+first with what lies second.
 
 A tensor that is absent is a tile without parts, (), and a product with it is nothing: Triton has no
 None inside of tuples.
