@@ -39,6 +39,34 @@ Problem attention(const Sizes& sizes, bool causal, float scale,
   return p;
 }
 
+template <class T>
+T* pointer(uintptr_t x) {
+  return reinterpret_cast<T*>(x);
+}
+
+inline AttentionForward forward(const Sizes& sizes, bool causal, float scale,
+                                const std::vector<Address>& inputs, const Address& out,
+                                const Address& t_out, uintptr_t lse, uintptr_t mu,
+                                uintptr_t lse_low) {
+  auto p = attention<AttentionForward>(sizes, causal, scale, inputs);
+  p.out = tensor(out), p.t_out = tensor(t_out);
+  p.lse = pointer<float>(lse), p.mu = pointer<float>(mu), p.lse_low = pointer<float>(lse_low);
+  return p;
+}
+
+inline AttentionBackward backward(const Sizes& sizes, bool causal, float scale,
+                                  const std::vector<Address>& inputs,
+                                  const std::vector<Address>& saved, uintptr_t lse, uintptr_t mu,
+                                  uintptr_t lse_low, const std::vector<Address>& gradients) {
+  auto p = attention<AttentionBackward>(sizes, causal, scale, inputs);
+  Tensor* from[] = {&p.out, &p.t_out, &p.dout, &p.dt_out};
+  for (size_t i = 0; i < std::size(from); ++i) *from[i] = tensor(saved.at(i));
+  p.lse = pointer<float>(lse), p.mu = pointer<float>(mu), p.lse_low = pointer<float>(lse_low);
+  Tensor* to[] = {&p.dq, &p.dk, &p.dv, &p.dtq, &p.dtk, &p.dtv, &p.dmask, &p.dtmask};
+  for (size_t i = 0; i < std::size(to); ++i) *to[i] = tensor(gradients.at(i));
+  return p;
+}
+
 // Address and stride of a row, in elements, of each of f, v, x, j.
 using Rows = std::vector<std::tuple<uintptr_t, int64_t>>;
 
@@ -57,11 +85,6 @@ using Numbered = std::tuple<Number, Number, double, double, double, int, bool>;
 inline Options options(const Numbered& x) {
   const auto& [t, warmup, r, sigma_data, c, preset, zero] = x;
   return {numbers(t), numbers(warmup), r, sigma_data, c, static_cast<Preset>(preset), zero};
-}
-
-template <class T>
-T* pointer(uintptr_t x) {
-  return reinterpret_cast<T*>(x);
 }
 
 template <class Problem>

@@ -20,8 +20,9 @@ pytestmark = [
 SANITIZERS = "address,undefined"
 
 # Bugs for the copy alone, each asleep until the environment names it.
-KERNEL_CALL = "run(scm::kernels().attention_forward, p);\n"
+KERNEL_CALL = "return kernels().attention_forward(p);"
 PLANTED = """
+  const Status status = kernels().attention_forward(p);
   const std::string bug = std::getenv("PLANTED_BUG") ? std::getenv("PLANTED_BUG") : "";
   if (bug == "write") p.lse[p.b * p.h * p.m] = 0.0f;  // one element past an output
   if (bug == "read") {                                // one vector past an input
@@ -31,6 +32,7 @@ PLANTED = """
   }
   volatile int many = 2147483647;
   if (bug == "overflow") many = many + 1;
+  return status;
 """
 SCRIPT = """
 import torch, scm_kernels
@@ -44,10 +46,11 @@ print("not seen")
 def sanitized(tmp_path_factory):
     """A copy whose native module is built with sanitizers, and has the planted bugs."""
     place = copy_project(tmp_path_factory.mktemp("sanitized"))
-    source = place / "csrc" / "module.cpp"
+    source = place / "csrc" / "cpu" / "dispatch.cpp"
     text = source.read_text()
     assert text.count(KERNEL_CALL) == 1
-    source.write_text("#include <cstdlib>\n" + text.replace(KERNEL_CALL, KERNEL_CALL + PLANTED))
+    text = text.replace(KERNEL_CALL, PLANTED)
+    source.write_text("#include <cstdlib>\n#include <string>\n" + text)
     return build_sanitized(place, SANITIZERS)
 
 

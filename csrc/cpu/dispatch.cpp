@@ -78,4 +78,8 @@ bool select_kernels(const char* isa) {
   return false;
 }
 
+Status attention_forward(const AttentionForward& p) { return kernels().attention_forward(p); }
+
+Status attention_backward(const AttentionBackward& p) { return kernels().attention_backward(p); }
+
 }  // namespace scm

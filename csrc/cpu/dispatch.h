@@ -16,7 +16,9 @@ const Kernels& kernels();
 // Use those of an instruction set by its name; false if they are not available.
 bool select_kernels(const char* isa);
 
-// The steps of the tangent on the kernels in use.
+// The steps of the ops on the kernels in use.
+Status attention_forward(const AttentionForward& p);
+Status attention_backward(const AttentionBackward& p);
 Status tangent_loss(const TangentLoss& p);
 Status tangent_apply(const TangentApply& p);
 Status tangent_gradient(const TangentGradient& p);

@@ -46,9 +46,7 @@ Launches attention_forward(const Sizes& sizes, bool causal, float scale,
                            const std::vector<Address>& inputs, const Address& out,
                            const Address& t_out, uintptr_t lse, uintptr_t mu, int device,
                            Stream stream) {
-  auto p = attention<AttentionForward>(sizes, causal, scale, inputs);
-  p.out = tensor(out), p.t_out = tensor(t_out);
-  p.lse = reinterpret_cast<float*>(lse), p.mu = reinterpret_cast<float*>(mu);
+  const auto p = forward(sizes, causal, scale, inputs, out, t_out, lse, mu, 0);
   return run("attention_forward", device, stream,
              [&](cuda::Queue& queue) { return cuda::launch_attention_forward(p, queue); });
 }

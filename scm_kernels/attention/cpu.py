@@ -63,11 +63,11 @@ def _pointer(x: Tensor | None) -> int:
 
 
 def _arguments(p: Forward | Backward) -> tuple:
-    """What both kernels begin with: sizes, options, inputs."""
+    """What both kernels begin with: threads, sizes, options, inputs."""
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
     inputs = [_native.address(x) for x in (p.q, p.k, p.v, p.tq, p.tk, p.tv)]
     inputs += [_mask(x, (b, h, m, n)) for x in (p.mask, p.tmask)]
-    return (b, h, hk, m, n, d, e), p.causal, p.scale, torch.get_num_threads(), inputs
+    return torch.get_num_threads(), (b, h, hk, m, n, d, e), p.causal, p.scale, inputs
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple | None:
