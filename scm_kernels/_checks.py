@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
+_LONGEST = 60  # characters of a value in a message
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -16,7 +17,14 @@ def describe(value: object) -> str:
         return f"a {dtype} tensor of shape {list(value.shape)} on {value.device}"
     if isinstance(value, (tuple, list, dict)) and value:
         return f"a {type(value).__name__} of length {len(value)}"
-    return f"{type(value).__name__} {value!r}"
+    kind = type(value).__qualname__
+    if type(value).__module__ != "builtins":
+        kind = f"{type(value).__module__}.{kind}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:  # an array of another library
+        return f"a {kind} of shape {list(shape)}"
+    text = " ".join(repr(value).split())  # of a module: many lines
+    return f"{kind} {text if len(text) <= _LONGEST else text[: _LONGEST - 3] + '...'}"
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -99,9 +107,10 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {describe(value)}, expected a bool")
 
 
-def integer(name: str, value: object, *, low: int) -> None:
-    """`value` must be an int of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: object, *, low: int) -> int:
+    """`value`, an integer of at least `low`, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {describe(value)}, expected an int")
     if value < low:
         raise ValueError(f"{name}: got {value}, expected at least {low}")
+    return int(value)

@@ -13,6 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import CInterpreter, CJvpInterpreterPtr, TransformType
 from torch._functorch.pyfunctorch import coerce_cinterpreter
+from torch.overrides import TorchFunctionMode
 
 _functorch = torch._C._functorch
 # Not those of `forward_ad`, which for the sake of an export take twice as long.
@@ -25,6 +26,14 @@ class Dual(NamedTuple):
 
     primal: Tensor
     tangent: Tensor | None
+
+
+class DualMode(TorchFunctionMode):
+    """A mode that takes functions on dual tensors to other paths."""
+
+    def records(self, level: int) -> bool:
+        """Whether autograd is to record tangents of functorch's level."""
+        raise NotImplementedError
 
 
 def unpack(x: object) -> tuple[object, Tensor | None]:

@@ -48,15 +48,19 @@ def sample_time(
         device: Where t lies; None is PyTorch's default.
 
     Returns:
-        t [n] float32, in radians, in [0, pi/2].
+        t [n] float32, in radians, in [0, pi/2] as float32 rounds it.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        RuntimeError: PyTorch has no such device, or the generator is of another kind.
     """
-    _checks.integer("n", n, low=0)
+    n = _checks.integer("n", n, low=0)
     p_mean = _checks.number("p_mean", p_mean)
     p_std = _checks.number("p_std", p_std, low=0.0)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
+    _generator(generator)
+    if device is not None and not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device: got {_checks.describe(device)}, expected a device or its name")
     z = torch.randn(n, generator=generator, device=device, dtype=torch.float32)
     tau = p_mean + p_std * z.to(_checks.wide_dtype(z))
     return (tau.exp() / sigma_data).atan().float()
@@ -116,7 +120,8 @@ def tangent_inputs(
         TypeError, ValueError: a wrong type, dtype, shape, device or sigma_data.
     """
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
-    _checks.tensor("x_t", x_t)
+    _floating("x_t", x_t)
+    _checks.dense("dxdt", dxdt)
     _checks.tensor("dxdt", dxdt)
     if _checks.under_autocast(x_t):  # a teacher's output is in the low precision
         dxdt = dxdt.to(x_t.dtype)
@@ -155,9 +160,11 @@ def sample(
 
     Raises:
         TypeError, ValueError: a wrong type, an empty or not decreasing `times`, or a network that
-            changes the shape.
+            returns no floating tensor of x's shape and device.
     """
+    _callable(network)
     _floating("noise", noise)
+    _generator(generator)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     times = _times(times)
     x = noise.to(_sum_dtype(noise))
@@ -206,10 +213,12 @@ def solve_ode(
         x at t_min (x0 for t_min = 0), like noise.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or the network changes the shape.
+        TypeError, ValueError: an argument is not as above, or the network returns no floating
+            tensor of x's shape and device.
     """
+    _callable(network)
     _floating("noise", noise)
-    _checks.integer("steps", steps, low=1)
+    steps = _checks.integer("steps", steps, low=1)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
     if method not in ("heun", "euler"):
         raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
@@ -233,9 +242,12 @@ def solve_ode(
 def _slope(network: Network, x: Tensor, t: float, sigma_data: float, dtype: torch.dtype) -> Tensor:
     """sd F(x / sd, t): the network sees `dtype`, the state x stays wide."""
     output = network((x / sigma_data).to(dtype), x.new_full((x.shape[0],), t))
-    if not isinstance(output, Tensor) or output.shape != x.shape:
+    _checks.dense("network's result", output)
+    _checks.tensor("network's result", output)
+    if output.shape != x.shape or output.device != x.device:
         raise ValueError(
-            f"network: it returned {_checks.describe(output)}, expected shape {list(x.shape)}"
+            f"network's result: got {_checks.describe(output)}, expected shape {list(x.shape)} on "
+            f"{x.device}"
         )
     return sigma_data * output.to(x.dtype)
 
@@ -248,7 +260,9 @@ def _cos_sin(x: Tensor, name: str, t: Tensor, **others: Tensor) -> tuple[Tensor,
     """cos t and sin t, shaped to broadcast over x; checks all arguments."""
     _floating(name, x)
     for other, value in others.items():
+        _checks.dense(other, value)
         _checks.like(other, value, name, x)
+    _checks.dense("t", t)
     _checks.tensor("t", t)
     if t.shape != x.shape[:1]:
         raise ValueError(f"t: got {_checks.describe(t)}, expected shape {list(x.shape[:1])}")
@@ -269,9 +283,22 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _floating(name: str, x: object) -> None:
+    _checks.dense(name, x)
     _checks.tensor(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name}: got {_checks.describe(x)}, expected [B, ...]")
+
+
+def _callable(network: object) -> None:
+    if not callable(network):
+        raise TypeError(f"network: got {_checks.describe(network)}, expected a callable")
+
+
+def _generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {_checks.describe(generator)}, expected a torch.Generator or None"
+        )
 
 
 def _times(times: object) -> list[float]:

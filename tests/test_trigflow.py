@@ -8,6 +8,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,8 +272,8 @@ A, T = torch.zeros(3, 2), torch.zeros(3)
 TIME = {"n": 3, "p_mean": -1.0, "p_std": 1.4}
 
 
-def ode(**change):
-    return trigflow.solve_ode(velocity_field, **{"noise": A, "steps": 2, **change})
+def ode(network=velocity_field, **change):
+    return trigflow.solve_ode(network, **{"noise": A, "steps": 2, **change})
 
 
 def few(times, noise=A, network=velocity_field, **options):
@@ -306,11 +307,29 @@ def few(times, noise=A, network=velocity_field, **options):
         (lambda: few([80.0]), ValueError, "times: got 80.0, .*at most 1.57"),
         (lambda: few(["1"]), TypeError, "times: got str '1', expected a number"),
         (lambda: few([1.1], noise=A.int()), TypeError, "noise: got a int32"),
-        (lambda: few([1.1], network=lambda x, t: x[:1]), ValueError, "network: it returned .*1, 2"),
         (
-            lambda: few([1.1], network=lambda x, t: (x, t)),
+            lambda: few([1.1], network=lambda x, t: x[:1]),
             ValueError,
-            "network: it returned a tuple",
+            "network's result: got .*1, 2",
+        ),
+        (lambda: few([1.1], network=lambda x, t: (x, t)), TypeError, "network's result: got a tu"),
+        (lambda: few([1.1], network=lambda x, t: 1j * x), TypeError, "network's result: .*complex"),
+        (
+            lambda: few([1.1], network=lambda x, t: x.to("meta")),
+            ValueError,
+            "network's result: got .* on meta, expected .* on cpu",
+        ),
+        (lambda: few([1.1], network=None), TypeError, "network: got NoneType None, .*a callable"),
+        (lambda: ode(network=3), TypeError, "network: got int 3, expected a callable"),
+        (lambda: few([1.1], generator=3), TypeError, "generator: got int 3, expected a torch.Gen"),
+        (lambda: few([1.1], noise=A.to_sparse()), TypeError, "noise: got .*layout sparse_coo"),
+        (lambda: trigflow.sample_time(**TIME, device=1.5), TypeError, "device: got float 1.5"),
+        (lambda: trigflow.velocity(A, A, T.to_sparse()), TypeError, "t: got .*layout sparse_coo"),
+        (lambda: trigflow.velocity(A, A.to_sparse(), T), TypeError, "z: got .*layout sparse_coo"),
+        (
+            lambda: trigflow.tangent_inputs(A.to_sparse(), A, T),
+            TypeError,
+            "x_t: got .*layout sparse_coo",
         ),
         (lambda: ode(steps=0), ValueError, "steps: got 0, expected at least 1"),
         (lambda: ode(steps=2.0), TypeError, "steps: got float 2.0, expected an int"),
@@ -326,3 +345,8 @@ def few(times, noise=A, network=velocity_field, **options):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_integers_of_numpy():
+    assert trigflow.sample_time(**TIME | {"n": np.int64(3)}).shape == (3,)
+    torch.testing.assert_close(ode(steps=np.int32(2)), ode(steps=2), rtol=0, atol=0)

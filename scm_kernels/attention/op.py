@@ -11,6 +11,7 @@ from torch import Tensor
 from scm_kernels import _backends, _checkpoint, _checks, _library, _plans
 from scm_kernels._duals import (
     Dual,
+    DualMode,
     current_level,
     is_batched_here,
     is_dual_outside,
@@ -75,7 +76,7 @@ def scaled_dot_product_attention(
     """
     args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     modes = reversed(torch.overrides._get_current_function_mode_stack())
-    recorded = [mode.records(current_level()) for mode in modes if hasattr(mode, "records")]
+    recorded = [mode.records(current_level()) for mode in modes if isinstance(mode, DualMode)]
     return dual_attention(*args, tangent_grad=recorded[0] if recorded else True)
 
 
@@ -153,7 +154,8 @@ def attention_jvp(
         t_query: like query, or None where the derivative does not go along it; that costs nothing.
         t_key: like key, or None.
         t_value: like value, or None.
-        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or added to the scores.
+        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or, of query's dtype or
+            float32, added to the scores.
         t_attn_mask: the tangent of an added mask, of its shape.
         is_causal: row i sees the keys 0 to i (aligned top-left).
         scale: of the scores, 1 / sqrt(D) if None.
@@ -161,10 +163,10 @@ def attention_jvp(
         return_stats: also return lse and mu, with which partial results over keys are merged.
 
     Returns:
-        (out, t_out), each [B, H, M, E] of query's dtype; with `return_stats` (out, t_out, lse, mu),
-        the last two [B, H, M] float32 (float64 for float64) and not differentiable: the log-sum-exp
-        of the scores (-inf in a row that sees no key), and the mean of the scores' tangent under
-        the softmax.
+        (out, t_out), each [B, H, M, E] of query's dtype, or of that of autocast, where it is on;
+        with `return_stats` (out, t_out, lse, mu), the last two [B, H, M] float32 (float64 for
+        float64) and not differentiable: the log-sum-exp of the scores (-inf in a row that sees no
+        key), and the mean of the scores' tangent under the softmax.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

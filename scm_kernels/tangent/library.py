@@ -20,8 +20,8 @@ _INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j"
 _TIMES = "Tensor t, Tensor? warmup"
 _OPTIONS = "float r, float sigma_data, float c, str preset, bool zero, str backend"
 _INSTEAD = (
-    "normalized_tangent is a constant, and consistency_loss has derivatives in reverse mode alone, "
-    "in output and log_weight."
+    "normalized_tangent is a constant, and consistency_loss has derivatives in output in reverse "
+    "mode alone, and in log_weight in both."
 )
 
 

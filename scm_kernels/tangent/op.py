@@ -45,7 +45,7 @@ def normalized_tangent(
         x_t: The noisy data, like output.
         jvp: J, like output: the tangent of F along (cos t sin t dxdt / sd, cos t sin t), as
             `trigflow.tangent_inputs` and `scm_kernels.jvp` give it.
-        t: Times [B] in radians, in [0, pi/2]; any floating dtype.
+        t: Times [B] in radians, in [0, pi/2], which is not checked; any floating dtype.
         warmup: r in [0, 1], the paper's min(1, step / 10000); a number, or a floating tensor of
             shape [] or [B], whose values are not checked (that would wait for the device).
         sigma_data: sd > 0, the standard deviation of the data.
@@ -127,7 +127,8 @@ def consistency_loss(
         jvp: J, like output: the tangent of F along (cos t sin t dxdt / sd, cos t sin t), as
             `trigflow.tangent_inputs` and `scm_kernels.jvp` give it. "meanflow": du/dt, the tangent
             of u along (v, 0, 1).
-        t: Times [B] in radians, in [0, pi/2]; any floating dtype. "meanflow": the interval t - r.
+        t: Times [B] in radians, in [0, pi/2], which is not checked; any floating dtype. "meanflow":
+            the interval t - r.
         log_weight: w [B], learned as a function of t (minus the logvar of others); any floating
             dtype. None is 0, and all that "rcm" takes.
         warmup: r in [0, 1], the paper's min(1, step / 10000); a number, or a floating tensor of
@@ -145,7 +146,7 @@ def consistency_loss(
 
     Returns:
         The loss, a scalar, or [B] for "none"; float32, or float64 if output is. Where autocast is
-        on, the four inputs may differ in dtype, and are taken in the widest.
+        on, the four inputs may differ in dtype, and output is taken in the widest, too.
 
     Raises:
         TypeError: an argument of a wrong type, or a tensor of a wrong dtype.
@@ -253,6 +254,7 @@ def _options(name, output, t, warmup, sigma_data, c, nan_policy) -> _Options:
     _check_scalar("t", t, output)
     r, wide = 1.0, _checks.wide_dtype(t)
     if isinstance(warmup, Tensor):
+        _checks.dense("warmup", warmup)
         _checks.tensor("warmup", warmup)
         if warmup.ndim > 0:
             _check_scalar("warmup", warmup, output)

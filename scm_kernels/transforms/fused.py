@@ -20,6 +20,7 @@ from scm_kernels._checkpoint import (
 )
 from scm_kernels._duals import (
     Dual,
+    DualMode,
     apart,
     current_level,
     has_tangent,
@@ -76,7 +77,7 @@ def fused() -> TorchFunctionMode:
     return Fused(forget_level=None)
 
 
-class Fused(TorchFunctionMode):
+class Fused(DualMode):
     """The mode. Autograd does not record what happens to the tangents of `forget_level`.
 
     That is a level of functorch's stack, or None. Transforms inside that level are left alone: the
@@ -129,7 +130,6 @@ class Fused(TorchFunctionMode):
         return _forget_graph(out, level)
 
     def records(self, level: int) -> bool:
-        """Whether autograd is to record tangents of functorch's level."""
         return self.forget_level is None or self.forget_level != level
 
     def _checkpoint(self, function, *args, **kwargs):
