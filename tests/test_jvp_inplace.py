@@ -237,12 +237,16 @@ def test_parts_of_a_dual_tensor_are_found_out_again_once_it_is_written_to():
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.ReLU(inplace=True)),
         lambda x: torch.einsum("bchw,dc->bdhw", x, torch.ones(3, 2)).mul_(2.0),
         lambda x: F.conv2d(x[0], torch.ones(3, 2, 1, 1)).div_(torch.tensor(2.0)),
+        lambda x: (1 / (x.square() + 1)).mul_(2.0),
     ],
-    ids=["group_norm", "einsum", "conv2d"],
+    ids=["group_norm", "einsum", "conv2d", "quotient"],
 )
 @pytest.mark.parametrize("tangent_grad", [False, True])
 def test_writes_to_what_a_rule_has_made(network, tangent_grad):
-    """A tangent may be a view that was made without a graph."""
+    """A tangent may be a view that was made without a graph, or have what is written to in one."""
     x, tx = torch.randn(2, 2, 2, 5, 5)
+    x.requires_grad_()
     ours = scm_kernels.jvp(network, (x,), (tx,), tangent_grad=tangent_grad)
-    close(tuple(ours), tuple(stock_jvp(network, (x,), (tx,))), 1e-5)
+    stock = stock_jvp(network, (x,), (tx,))
+    close(tuple(ours), tuple(stock), 1e-5)
+    close(*(torch.autograd.grad(y[tangent_grad].square().sum(), x)[0] for y in (ours, stock)), 1e-4)
