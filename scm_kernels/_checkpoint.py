@@ -18,7 +18,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -31,6 +31,7 @@ _ACTIVATIONS = (
     *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
     *("logsigmoid", "log_softmax", "mish", "prelu", "relu", "relu6", "selu", "sigmoid", "silu"),
     *("softmax", "softmin", "softplus", "softsign", "tanh", "tanhshrink"),
+    *("hardshrink", "softshrink", "threshold"),
 )
 _POINTWISE = (
     *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "clamp", "clamp_max"),
@@ -40,6 +41,8 @@ _POINTWISE = (
     *("rsqrt", "sin", "sinc", "sinh", "sqrt"),
     *("square", "tan", "true_divide", "xlogy", "__mul__", "__pow__", "__rmul__", "__rpow__"),
     *("__rtruediv__", "__truediv__"),
+    *("angle", "asinh", "acosh", "atanh", "digamma", "fmax", "fmin", "fmod", "i0", "ldexp"),
+    *("nan_to_num", "polar", "remainder", "xlog1py", "__mod__", "__rmod__"),
 )
 _OVER_DIMENSIONS = (
     *("amax", "amin", "cosine_similarity", "cumprod", "logcumsumexp", "logsumexp", "max", "min"),
@@ -47,6 +50,15 @@ _OVER_DIMENSIONS = (
     *("addbmm", "addmm", "addmv", "baddbmm", "bilinear", "cross", "dot", "inner", "kron", "mv"),
     *("outer", "tensordot", "cross_entropy", "huber_loss", "l1_loss", "local_response_norm"),
     *("mse_loss", "smooth_l1_loss"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "cdist", "corrcoef", "cov"),
+    *("cosine_embedding_loss", "dist", "gaussian_nll_loss", "kl_div", "pairwise_distance"),
+    *("quantile", "nanquantile", "renorm", "lp_pool1d", "lp_pool2d", "lp_pool3d"),
+    *("gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"),
+)
+_OF_MATRICES = (
+    *("cholesky", "det", "eigh", "eigvalsh", "inv", "inverse", "logdet", "lu_factor"),
+    *("matrix_exp", "matrix_norm", "matrix_power", "pinv", "qr", "slogdet", "solve"),
+    *("solve_triangular", "svd", "svdvals"),
 )
 
 
@@ -56,15 +68,18 @@ def functions(names: Iterable[str]) -> frozenset:
     return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
 
 
-_RANDOM = functions(
+# Functions that draw random numbers, and whose Jacobian is diagonal.
+RANDOM = functions(
     ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
 )
-_NAMES = (*_ACTIVATIONS, *_POINTWISE, *_OVER_DIMENSIONS)
+# Functions that PyTorch computes otherwise inside of a transform of functorch.
+DECOMPOSED = RANDOM | functions(["gru", "lstm", "rnn_relu", "rnn_tanh"])
+_NAMES = (*_ACTIVATIONS, *_POINTWISE, *_OVER_DIMENSIONS, *_OF_MATRICES)
 IN_PLACE = functions(
     [f"{name}_" for name in _NAMES] + ["__imul__", "__ipow__", "__itruediv__", "__idiv__"]
 )
 # Functions that may be called twice. Linear ones need not be in here: their tangents save nothing.
-REPEATABLE = functions(_NAMES) | IN_PLACE | _RANDOM
+REPEATABLE = functions(_NAMES) | IN_PLACE | RANDOM
 
 
 def is_in_place(func: Callable, args: tuple, kwargs: dict) -> bool:
@@ -84,12 +99,21 @@ def _place_of_inplace(func: Callable) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def same_random_numbers(func: Callable, x: Tensor) -> AbstractContextManager:
-    """Where a random function of x leaves the generator as it was for the next call."""
-    if func not in _RANDOM:
-        return nullcontext()
+def random_tangent(call: Callable, x: Tensor, tx: Tensor) -> Tensor:
+    """The tangent of `call(x)`, where `call` is one of `RANDOM`, by the numbers that the next call
+    of it draws.
+
+    As the Jacobian is diagonal, that is the gradient at tx. A call with tx would draw the same
+    numbers, but give them to other elements, should tx lie otherwise in memory.
+    """
     devices = [] if x.device.type == "cpu" else [x.device]
-    return torch.random.fork_rng(devices, device_type="cuda" if not devices else x.device.type)
+    same_numbers = torch.random.fork_rng(
+        devices, device_type="cuda" if not devices else x.device.type
+    )
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    with same_numbers, unseen, torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(call(x), x, tx)[0]
 
 
 # What was there when the jvp at work began: a checkpoint around it computes all of it again.

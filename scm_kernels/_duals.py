@@ -157,6 +157,11 @@ def _unwrapped(x: Tensor | None, level: int) -> Tensor | None:
     return _functorch.get_unwrapped(x)
 
 
+def as_constant(x: Tensor, level: int) -> Tensor:
+    """A constant that was computed outside, as the jvp of this level would have made it."""
+    return _functorch._wrap_for_grad(x, level)
+
+
 class outside:  # noqa: N801  (a function to who uses it; a generator would take longer)
     """Outside of functorch's innermost transform, for tensors that are so too."""
 

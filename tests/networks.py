@@ -187,15 +187,20 @@ def dit_case(dtype=torch.float64, *, batch=2, tokens=5, seed=0, **shape):
 # --- counters -------------------------------------------------------------------------------------
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products and convolutions, as ops below autograd and functorch."""
+class Ops(TorchDispatchMode):
+    """Counts ops as they are below autograd and functorch."""
 
-    NAMES = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "mv", "dot"})
+    PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "mv", "dot"})
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.names = []
+
+    @property
+    def products(self) -> int:
+        """Matrix products and convolutions."""
+        return sum(name in self.PRODUCTS for name in self.names)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in self.NAMES
+        self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))

@@ -253,6 +253,20 @@ def test_linearize(x):
     assert_near((out, push(*x[3:])), stock_jvp(*x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_vmap_of_linearize(dtype):
+    """Of a function that counts on how out lies in memory, which is as q does."""
+    packed, *tangents = torch.randn(1 + SIZE, B, M, 3, H, D, dtype=dtype)
+
+    def function(packed):
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).view(B, M, H * D)
+
+    _, push = linearize(function, packed)
+    want = [jvp(function, (packed,), (t,))[1] for t in tangents]
+    assert_near(vmap(push)(torch.stack(tangents)), torch.stack(want))
+
+
 def test_jvp_of_grad(x):
     """Nothing is dual at the level of attention itself: PyTorch's own function takes it."""
     loss = lambda f: lambda q: squares(f(q, *x[1:3]))  # noqa: E731

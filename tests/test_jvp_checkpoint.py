@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from networks import DiT, close, dit_case, gradients, true_jvp
+from networks import DiT, Ops, close, dit_case, gradients, true_jvp
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointError,
     checkpoint,
@@ -128,6 +127,12 @@ FUNCTIONS = {
     "several outputs": lambda h, w, x: torch.cat([h.max(dim=0)[0], *torch.var_mean(h, 0)]),
     "normalized": lambda h, w, x: F.normalize(h, dim=-1) @ w + F.softplus(h).cumsum(0),
     "constant": lambda h, w, x: F.softmax(w, -1)[0] + h,
+    "constant linear": lambda h, w, x: F.linear(w.detach()[None].mT, w)[0] + h,
+    "constant product": lambda h, w, x: (w[None] @ w.mT[:, :1])[0] * h,
+    "constant multi-head": lambda h, w, x: multi_head(w, w, w.T, need_weights=False) + h,
+    "angles": lambda h, w, x: torch.polar(1 + h.square(), x).imag * w[0],
+    "remainder": lambda h, w, x: F.softshrink(torch.remainder(h, 1 + x.square())) @ w,
+    "matrices": lambda h, w, x: torch.linalg.solve(w, h) + torch.linalg.matrix_norm(h) * w,
     **WRITING,
     "dropout": lambda h, w, x: F.dropout(F.dropout(h * 1, 0.5, True, True).sin() * w[0], 0.3),
     "dropout2d": lambda h, w, x: F.dropout2d(h[None, None], 0.5)[0, 0].sin(),
@@ -209,6 +214,27 @@ def test_random_numbers_are_drawn_once(name, policy):
         after = torch.rand(())
         results.append((out, t_out, after, torch.autograd.grad(out.sum(), leaves)))
     close(*results)
+
+
+DROPOUT = {
+    "channels_last": lambda x: F.dropout(x.contiguous(memory_format=torch.channels_last)),
+    "transposed": lambda x: F.dropout(input=x.mT),
+    "slice": lambda x: F.dropout(x[:, 1:, ::2]),
+    "in place": lambda x: F.dropout(x.transpose(0, 1) * 1.0, inplace=True),
+    "evaluated": lambda x: F.dropout(x.mT, training=False),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_random_numbers_of_any_layout(name):
+    """With the tangent in another one."""
+    x = torch.ones(2, 4, 3, 6, dtype=torch.float64)
+    tx = torch.ones(6, 3, 4, 2, dtype=torch.float64).permute(3, 2, 1, 0)
+    x.requires_grad_()
+    for function, moves in ((DROPOUT[name], 1), (lambda z: DROPOUT[name](x) + 0 * z.sum(), 0)):
+        out, t_out = scm_kernels.jvp(partial(keep, function), (x,), (tx,))
+        assert torch.equal(t_out, moves * out)
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0].sum(), out.sum())
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -366,13 +392,3 @@ def test_a_checkpoint_around_a_jvp_costs_no_second_forward():
             call(x)
         counts.append(ops.names.count("gelu"))
     assert counts[0] == counts[1]
-
-
-class Ops(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))

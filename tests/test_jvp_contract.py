@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import check_jvp, close, dit_case, stock_jvp, true_jvp
 from torch import nn
 
@@ -141,6 +142,17 @@ def test_double_backward():
         return torch.autograd.grad(grad.square().sum(), list(network.parameters()))
 
     close(second(scm_kernels.jvp, tangent_grad=True), second(true_jvp))
+
+
+def test_an_inference_mode_inside_has_no_derivative():
+    network, (x, _), (tx, _) = nn.Linear(4, 4).double(), *torch.randn(2, 2, 3, 4).double()
+
+    def function(x):
+        with torch.inference_mode():
+            frozen = network(x).sin() * 2 + F.layer_norm(x, (4,))
+        return network(x) + frozen
+
+    close(scm_kernels.jvp(function, (x,), (tx,)), stock_jvp(function, (x,), (tx,)))
 
 
 def test_expanded_primals():

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Products, dit_case, stock_jvp
+from networks import Ops, dit_case, stock_jvp
 from torch import nn
 
 import scm_kernels
@@ -24,9 +24,9 @@ class Attention(nn.Module):
 
 
 def products(run) -> int:
-    with Products() as products:
+    with Ops() as ops:
         run()
-    return products.count
+    return ops.products
 
 
 # (network, shape of x, products of an ordinary forward)
@@ -60,14 +60,14 @@ def test_two_products_where_pytorch_runs_three(name, through):
 def test_multihead_attention_projects_twice():
     """In and out projection, primal and tangent; attention itself is one op."""
     network, (x, tx) = Attention(), torch.randn(2, 2, 3, 8)
-    with Products() as count:
+    with Ops() as ops:
         scm_kernels.jvp(network, (x,), (tx,))
     attention = products(
         lambda: torch.ops.scm_kernels.attention_jvp(
             *torch.randn(6, 2, 2, 3, 4), None, None, False, 0.5, False, ""
         )
     )
-    assert count.count == 4 + attention
+    assert ops.products == 4 + attention
 
 
 def test_a_constant_operand_costs_no_product():

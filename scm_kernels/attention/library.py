@@ -199,7 +199,11 @@ def _fold_all(tensors, in_dims, size: int, batch: int) -> list[Tensor | None]:
     for x, dim in zip(tensors, in_dims, strict=False):
         if x is not None:
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            x = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+            x = x.expand(size, batch, *x.shape[2:])
+            if x.ndim == 5 and x.stride(2) < x.stride(3):  # a copy lies in memory as x does
+                x = x.transpose(2, 3).flatten(0, 1).transpose(1, 2)
+            else:
+                x = x.flatten(0, 1)
         folded.append(x)
     return folded
 

@@ -40,11 +40,11 @@ def _product(out, x, tx, y, ty):
 
 
 def _quotient(out, x, tx, y, ty):
-    if ty is None:
-        return tx / y
-    if torch.is_grad_enabled():
-        out = x / y  # what the graph of a tangent keeps must not be what may be written to
-    return -ty * (out / y) if tx is None else (tx - out * ty) / y
+    if tx is None:
+        if torch.is_grad_enabled():  # PyTorch's 1 / y is y.reciprocal() * 1: out may be written to
+            out = x / y
+        return -ty * (out / y)
+    return tx / y if ty is None else (tx - out * ty) / y
 
 
 def _like(out: Tensor, tangent: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 from scm_kernels._checkpoint import (
     BACKWARD,
+    DECOMPOSED,
     IN_PLACE,
+    RANDOM,
     REPEATABLE,
     functions,
     is_in_place,
     looks_on,
-    same_random_numbers,
+    random_tangent,
     selects,
     unrecorded,
 )
@@ -22,6 +24,7 @@ from scm_kernels._duals import (
     Dual,
     DualMode,
     apart,
+    as_constant,
     current_level,
     has_tangent,
     is_batched_here,
@@ -48,8 +51,9 @@ _LINEAR = functions(
         *("pad", "repeat", "roll", "flip", "add", "sub", "neg", "__neg__", "sum", "mean", "where"),
         *("bfloat16", "cumsum", "diff", "double", "gather", "half", "index_select", "interpolate"),
         *("masked_fill", "repeat_interleave", "swapaxes", "tril", "triu", "t"),
+        *("conj", "imag", "real", "view_as_complex", "view_as_real"),
     )
-) | {Tensor.T.__get__, Tensor.mT.__get__}
+) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "imag", "real")}
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _WRITING = frozenset(
     f"__{name}__"
@@ -89,6 +93,8 @@ class Fused(DualMode):
         self.forget_level = forget_level
         self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
         self.apart = False  # whether a rule has been handed parts, outside of functorch's stack
+        # Whether all of it is in inference mode, which Dynamo does not know.
+        self.inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
     @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -98,6 +104,8 @@ class Fused(DualMode):
         if func is checkpoint:
             return self._checkpoint(*args, **kwargs)
         level, eager = current_level(), not torch.compiler.is_compiling()
+        if eager and torch.is_inference_mode_enabled() and not self.inference:
+            return func(*args, **kwargs)  # a part that has no derivative
         if eager and func in BACKWARD and level == 0 and _PLAIN.issuperset(types):
             with self:
                 return BACKWARD[func](*args, **kwargs)
@@ -109,9 +117,14 @@ class Fused(DualMode):
             out = self._by_rule(rule, level, args, kwargs)
             if out is not NotImplemented:
                 return out
-        selective = not self.tangent_grad and selects()
-        if not self.tangent_grad and _may_be_repeated(func, selective) and looks_on():
-            out = self._beside(func, level, args, kwargs)
+        watched = not self.tangent_grad and looks_on()  # by a checkpoint
+        selective = watched and selects()
+        if watched:
+            out = NotImplemented
+            if _may_be_repeated(func, selective):
+                out = self._beside(func, level, args, kwargs)
+            if out is NotImplemented and (func in DECOMPOSED or rule not in (None, attention)):
+                out = self._outside(func, level, args, kwargs)
             if out is not NotImplemented:
                 return out
         if selective and _is_written_to(func):
@@ -185,18 +198,56 @@ class Fused(DualMode):
             return NotImplemented
         if not any(map(has_tangent, pytree.tree_leaves(args))):
             return NotImplemented
-        values, options = pytree.tree_map_only(
-            Tensor, lambda x: apart(x, level).primal, (args, kwargs)
-        )
+        if func in RANDOM and not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
+        values, options = _primals(level, args, kwargs)
         written = args[0] if is_in_place(func, args, kwargs) else None
         if written is not None:
             args, values = (written.clone(), *args[1:]), (values[0].clone(), *values[1:])
-        with same_random_numbers(func, values[0]), unrecorded():
-            duals = func(*args, **kwargs)
+        if func in RANDOM:
+            out = _random(func, apart(args[0], level), values, options, written is not None)
+        else:
+            with unrecorded():
+                duals = func(*args, **kwargs)
+            with outside():
+                out = func(*values, **options)
+            out = pytree.tree_map(lambda x, dual: _with_tangent(x, dual, level), out, duals)
+        return out if written is None else written.copy_(out)
+
+    def _outside(self, func, level: int, args, kwargs):
+        """What is constant as the checkpoint will compute it again, without a transform about."""
+        if kwargs.get("out") is not None or jvp_at_work() is None:
+            return NotImplemented
+        values, options = _primals(level, args, kwargs)
+        inputs, there = (pytree.tree_leaves(x) for x in ((args, kwargs), (values, options)))
+        if any(map(has_tangent, inputs)) or any(map(_has_graph_here, inputs, there)):
+            return NotImplemented
         with outside():
             out = func(*values, **options)
-        out = pytree.tree_map(lambda x, dual: _with_tangent(x, dual, level), out, duals)
-        return out if written is None else written.copy_(out)
+        return pytree.tree_map_only(Tensor, lambda x: as_constant(x, level), out)
+
+
+def _primals(level: int, args, kwargs):
+    return pytree.tree_map_only(Tensor, lambda x: apart(x, level).primal, (args, kwargs))
+
+
+def _has_graph_here(x: object, outside: object) -> bool:
+    """Whether autograd records x inside of the transform alone: a leaf that was made there."""
+    return isinstance(x, Tensor) and x.requires_grad and not outside.requires_grad
+
+
+def _random(func, x: Dual, values, options, in_place: bool) -> Tensor:
+    """A random function of x and of it alone, by the same numbers for its tangent."""
+
+    def call(primal):
+        return func(primal.clone() if in_place else primal, *values[1:], **options)
+
+    with outside():
+        with unrecorded():
+            tangent = random_tangent(call, values[0], x.tangent)
+        out = func(*values, **options)
+    return together(Dual(out, tangent))
 
 
 def _with_tangent(x: Tensor, dual: Tensor, level: int) -> Tensor:
