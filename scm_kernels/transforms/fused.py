@@ -7,24 +7,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from scm_kernels._checkpoint import (
-    BACKWARD,
-    DECOMPOSED,
-    IN_PLACE,
-    RANDOM,
-    REPEATABLE,
-    functions,
-    is_in_place,
-    looks_on,
-    random_tangent,
-    selects,
-    unrecorded,
-)
+from scm_kernels._checkpoint import BACKWARD, looks_on
 from scm_kernels._duals import (
     Dual,
     DualMode,
     apart,
-    as_constant,
     current_level,
     has_tangent,
     is_batched_here,
@@ -36,29 +23,14 @@ from scm_kernels._duals import (
     without_tangent_graph,
 )
 from scm_kernels._dynamo import never_compiled_alone
+from scm_kernels.transforms import checkpoints
+from scm_kernels.transforms.functions import LINEAR
 from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_head_attention
 
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
-# Functions that are linear in all that may be dual: their tangents are functions of tangents alone,
-# of which autograd has no graph where it is to keep none.
-_LINEAR = functions(
-    (
-        *("view", "view_as", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
-        *("expand_as", "transpose", "permute", "movedim", "chunk", "split", "unbind", "select"),
-        *("narrow", "__getitem__", "contiguous", "clone", "to", "float", "type_as", "cat", "stack"),
-        *("pad", "repeat", "roll", "flip", "add", "sub", "neg", "__neg__", "sum", "mean", "where"),
-        *("bfloat16", "cumsum", "diff", "double", "gather", "half", "index_select", "interpolate"),
-        *("masked_fill", "repeat_interleave", "swapaxes", "tril", "triu", "t"),
-        *("conj", "imag", "real", "view_as_complex", "view_as_real"),
-    )
-) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "imag", "real")}
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
-_WRITING = frozenset(
-    f"__{name}__"
-    for name in ("setitem", "iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "imod", "ipow")
-)
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
 
@@ -118,27 +90,21 @@ class Fused(DualMode):
             if out is not NotImplemented:
                 return out
         watched = not self.tangent_grad and looks_on()  # by a checkpoint
-        selective = watched and selects()
         if watched:
-            out = NotImplemented
-            if _may_be_repeated(func, selective):
-                out = self._beside(func, level, args, kwargs)
-            if out is NotImplemented and (func in DECOMPOSED or rule not in (None, attention)):
-                out = self._outside(func, level, args, kwargs)
+            ruled = rule not in (None, attention)
+            out = checkpoints.compute(func, level, args, kwargs, ruled=ruled)
             if out is not NotImplemented:
                 return out
-        if selective and _is_written_to(func):
-            _refuse_numbered(func, args)
+            checkpoints.refuse_writes(func, args)
         custom = _is_custom(func)
         if custom:
             _refuse_mutation(func, (args, kwargs))
         out = func(*args, **kwargs)
         if custom:
             _refuse_lost_tangents(func, (args, kwargs), out)
-        if selective:
-            unchanged = set(map(id, pytree.tree_leaves((args, kwargs))))  # by cpu(), for one
-            _refuse_numbered(func, [x for x in pytree.tree_leaves(out) if id(x) not in unchanged])
-        if self.tangent_grad or (eager and func in _LINEAR):
+        if watched:
+            checkpoints.refuse_results(func, (args, kwargs), out)
+        if self.tangent_grad or (eager and func in LINEAR):
             return out
         return _forget_graph(out, level)
 
@@ -191,77 +157,6 @@ class Fused(DualMode):
         if not self.tangent_grad and (torch.compiler.is_compiling() or t_out._is_view()):
             t_out = t_out.detach()  # PyTorch lets nobody write to a view that no_grad has made
         return Dual(out, t_out) if self.apart else make_dual(out, t_out)
-
-    def _beside(self, func, level: int, args, kwargs):
-        """The primal as autograd records it of PyTorch's own, and beside it the tangent."""
-        if kwargs.get("out") is not None or jvp_at_work() is None:
-            return NotImplemented
-        if not any(map(has_tangent, pytree.tree_leaves(args))):
-            return NotImplemented
-        if func in RANDOM and not args:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("input"),)
-        values, options = _primals(level, args, kwargs)
-        written = args[0] if is_in_place(func, args, kwargs) else None
-        if written is not None:
-            args, values = (written.clone(), *args[1:]), (values[0].clone(), *values[1:])
-        if func in RANDOM:
-            out = _random(func, apart(args[0], level), values, options, written is not None)
-        else:
-            with unrecorded():
-                duals = func(*args, **kwargs)
-            with outside():
-                out = func(*values, **options)
-            out = pytree.tree_map(lambda x, dual: _with_tangent(x, dual, level), out, duals)
-        return out if written is None else written.copy_(out)
-
-    def _outside(self, func, level: int, args, kwargs):
-        """What is constant as the checkpoint will compute it again, without a transform about."""
-        if kwargs.get("out") is not None or jvp_at_work() is None:
-            return NotImplemented
-        values, options = _primals(level, args, kwargs)
-        inputs, there = (pytree.tree_leaves(x) for x in ((args, kwargs), (values, options)))
-        if any(map(has_tangent, inputs)) or any(map(_has_graph_here, inputs, there)):
-            return NotImplemented
-        with outside():
-            out = func(*values, **options)
-        return pytree.tree_map_only(Tensor, lambda x: as_constant(x, level), out)
-
-
-def _primals(level: int, args, kwargs):
-    return pytree.tree_map_only(Tensor, lambda x: apart(x, level).primal, (args, kwargs))
-
-
-def _has_graph_here(x: object, outside: object) -> bool:
-    """Whether autograd records x inside of the transform alone: a leaf that was made there."""
-    return isinstance(x, Tensor) and x.requires_grad and not outside.requires_grad
-
-
-def _random(func, x: Dual, values, options, in_place: bool) -> Tensor:
-    """A random function of x and of it alone, by the same numbers for its tangent."""
-
-    def call(primal):
-        return func(primal.clone() if in_place else primal, *values[1:], **options)
-
-    with outside():
-        with unrecorded():
-            tangent = random_tangent(call, values[0], x.tangent)
-        out = func(*values, **options)
-    return together(Dual(out, tangent))
-
-
-def _with_tangent(x: Tensor, dual: Tensor, level: int) -> Tensor:
-    tangent = apart(dual, level).tangent
-    return x if tangent is None else together(Dual(x, tangent))
-
-
-def _may_be_repeated(func, selective: bool) -> bool:
-    """Whether a checkpoint can have the primal of a function by itself, and has to."""
-    if torch.compiler.is_compiling():
-        return False
-    if selective:  # which numbers the ops of linear functions too
-        return func in _LINEAR or (func in REPEATABLE and func not in IN_PLACE)
-    return func in REPEATABLE
 
 
 def _has_tangent(x: object) -> bool:
@@ -320,22 +215,6 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
                 "scm_kernels.transforms.rules.RULES, or pass it x.detach() if it is meant to be "
                 "constant."
             )
-
-
-def _is_written_to(func) -> bool:
-    """Whether a function of PyTorch's writes to its first argument."""
-    name = getattr(func, "__name__", "")
-    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
-
-
-def _refuse_numbered(func, values) -> None:
-    """Raise where a selective checkpoint sees the ops of a tangent as well."""
-    if any(map(has_tangent, pytree.tree_leaves(values))):
-        raise NotImplementedError(
-            f"{func}: in a selective checkpoint inside of a jvp this function is not computed "
-            "twice, as it may draw random numbers or write to its input; take a plain checkpoint, "
-            "or keep the function out of it"
-        )
 
 
 def _forget_graph(out, level: int):
