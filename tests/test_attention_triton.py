@@ -71,6 +71,7 @@ GRADIENTS = [
     Case("ptx_sharp_d24_f32", F32, d=24, logits=30.0, **(LONG | {"h": 1, "m": 40, "n": 70})),
     Case("ptx_bias_f32", F32, d=16, mask="bias", **LONG),
     Case("ptx_causal_gqa", BF16, d=64, causal=True, **(LONG | {"h": 4, "hk": 2, "m": 131})),
+    Case("ptx_causal_wide", BF16, d=24, causal=True, layout="wide", **LONG),  # at odd addresses
     Case("ptx_bias_gradient", BF16, d=64, mask="bias", mask_shape="1hmn", t_mask=True, **LONG),
     Case("ptx_d128_bias_gradient", BF16, d=128, mask="bias", t_mask=True, **LONG),
     Case("ptx_dead_gradient", BF16, d=64, mask="dead", mask_shape="b1mn", **LONG),
