@@ -174,6 +174,19 @@ class outside:  # noqa: N801  (a function to who uses it; a generator would take
         _functorch.push_dynamic_layer_stack(self.layer)
 
 
+def require_grad(x: Tensor, flag: bool, level: int) -> bool:
+    """Have autograd record x, or not, where it does so: outside of the jvp of this level. False if
+    x is not of that level."""
+    if _functorch.maybe_get_level(x) != level:
+        return False
+    vars(x).pop(_PARTS, None)
+    x = _functorch.get_unwrapped(x)
+    if not (flag and x.requires_grad):
+        with outside():
+            x.requires_grad_(flag)
+    return True
+
+
 def without_tangent_graph(x: object, level: int) -> object:
     """x, whose tangent, if it has one, autograd does not record any more."""
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):

@@ -157,6 +157,31 @@ def test_gradient_checkpointing(name):
     close(gradients(*result, parameters, through_tangent=False), want, 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_of_a_decoder():
+    """What comes of token ids, and a mask, are made to require a gradient inside of the jvp."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5Model(
+        transformers.T5Config(**config, vocab_size=20, dropout_rate=0.0)
+    ).train()
+    ids = torch.randint(0, 20, (2, 6))
+    x, tx = torch.randn(2, 2, 7, 16)
+
+    def network(x):
+        return model(inputs_embeds=x, decoder_input_ids=ids, use_cache=False).last_hidden_state
+
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        result = scm_kernels.jvp(network, (x,), (tx,))
+        got = gradients(*result, list(model.parameters()), through_tangent=False)
+        results.append((*result, *got))
+    close(results[1], results[0], 1e-5)
+
+
 def train_without_dropout(network):
     """transformers has checkpoints in training alone."""
     for module in network.train().modules():

@@ -117,7 +117,7 @@ def _random(func, x: Dual, values, options, in_place: bool) -> Tensor:
 
 def _with_tangent(x: Tensor, dual: Tensor, level: int) -> Tensor:
     tangent = apart(dual, level).tangent
-    return x if tangent is None else together(Dual(x, tangent))
+    return as_constant(x, level) if tangent is None else together(Dual(x, tangent))
 
 
 def _random_tangent(call: Callable, x: Tensor, tx: Tensor) -> Tensor:

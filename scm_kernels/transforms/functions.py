@@ -32,7 +32,7 @@ _ACTIVATIONS = (
     *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu"),
     *("logsigmoid", "log_softmax", "mish", "prelu", "relu", "relu6", "selu", "sigmoid", "silu"),
     *("softmax", "softmin", "softplus", "softsign", "tanh", "tanhshrink"),
-    *("hardshrink", "softshrink", "threshold"),
+    *("expit", "hardshrink", "softshrink", "threshold"),
 )
 _POINTWISE = (
     *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "clamp", "clamp_max"),
@@ -42,8 +42,9 @@ _POINTWISE = (
     *("rsqrt", "sin", "sinc", "sinh", "sqrt"),
     *("square", "tan", "true_divide", "xlogy", "__mul__", "__pow__", "__rmul__", "__rpow__"),
     *("__rtruediv__", "__truediv__"),
-    *("angle", "asinh", "acosh", "atanh", "digamma", "fmax", "fmin", "fmod", "i0", "ldexp"),
-    *("nan_to_num", "polar", "remainder", "xlog1py", "__mod__", "__rmod__"),
+    *("absolute", "angle", "asinh", "acosh", "atanh", "digamma", "fmax", "fmin", "fmod", "gammaln"),
+    *("i0", "isclose", "isfinite", "isinf", "isnan", "ldexp", "mvlgamma", "nan_to_num", "ndtr"),
+    *("polar", "remainder", "xlog1py", "__mod__", "__rmod__"),
 )
 _OVER_DIMENSIONS = (
     *("amax", "amin", "cosine_similarity", "cumprod", "logcumsumexp", "logsumexp", "max", "min"),
@@ -55,10 +56,21 @@ _OVER_DIMENSIONS = (
     *("cosine_embedding_loss", "dist", "gaussian_nll_loss", "kl_div", "pairwise_distance"),
     *("quantile", "nanquantile", "renorm", "lp_pool1d", "lp_pool2d", "lp_pool3d"),
     *("gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"),
+    *("nanmean", "poisson_nll_loss", "scatter_reduce", "triplet_margin_loss", "vdot"),
 )
 _OF_MATRICES = (
-    *("cholesky", "det", "eigh", "eigvalsh", "inv", "inverse", "logdet", "lu_factor"),
-    *("matrix_exp", "matrix_norm", "matrix_power", "pinv", "qr", "slogdet", "solve"),
+    *(
+        "chain_matmul",
+        "cholesky",
+        "det",
+        "eigh",
+        "eigvalsh",
+        "inv",
+        "inverse",
+        "logdet",
+        "lu_factor",
+    ),
+    *("matrix_exp", "matrix_norm", "matrix_power", "multi_dot", "pinv", "qr", "slogdet", "solve"),
     *("solve_triangular", "svd", "svdvals"),
 )
 # Functions that draw random numbers, and whose Jacobian is diagonal.

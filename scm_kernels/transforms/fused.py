@@ -19,6 +19,7 @@ from scm_kernels._duals import (
     make_dual,
     outside,
     refuse_batched,
+    require_grad,
     together,
     without_tangent_graph,
 )
@@ -30,6 +31,7 @@ from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_he
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
+_REQUIRES_GRAD = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
@@ -81,6 +83,9 @@ class Fused(DualMode):
         if eager and func in BACKWARD and level == 0 and _PLAIN.issuperset(types):
             with self:
                 return BACKWARD[func](*args, **kwargs)
+        if eager and func in _REQUIRES_GRAD and jvp_at_work() is not None:
+            done = _require_grad(level, *args, **kwargs)  # gradient checkpointing asks for it
+            return args[0] if done else func(*args, **kwargs)
         self.tangent_grad = self.records(level)
         rule = RULES.get(func)
         if rule is None and eager:
@@ -157,6 +162,10 @@ class Fused(DualMode):
         if not self.tangent_grad and (torch.compiler.is_compiling() or t_out._is_view()):
             t_out = t_out.detach()  # PyTorch lets nobody write to a view that no_grad has made
         return Dual(out, t_out) if self.apart else make_dual(out, t_out)
+
+
+def _require_grad(level: int, x: Tensor, requires_grad: bool = True) -> bool:
+    return require_grad(x, requires_grad, level)
 
 
 def _has_tangent(x: object) -> bool:

@@ -32,8 +32,8 @@ def jvp(
     forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
     compute the primals again. Their backward raises PyTorch's `CheckpointError` with
     `tangent_grad` True, where a checkpoint belongs around the jvp, and around an
-    `autograd.Function` of one's own, a recurrent network, or random numbers other than those of
-    dropout. PyTorch's forward mode is for one thread of a process.
+    `autograd.Function` of one's own, another checkpoint, a recurrent network, or random numbers
+    other than those of dropout. PyTorch's forward mode is for one thread of a process.
 
     Args:
         func: takes `len(primals)` arguments and returns a tensor or a pytree of tensors (with
