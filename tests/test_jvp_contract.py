@@ -119,6 +119,9 @@ def test_under_no_grad_and_inference_mode():
             got = scm_kernels.jvp(network, primals, tangents)
         assert not any(x.requires_grad for x in got)
         close([x.clone() for x in got], [x.detach() for x in want])
+        with scm_kernels.fused(), context():
+            got = torch.func.jvp(network, primals, tangents)
+        close([x.clone() for x in got], [x.detach() for x in want])
 
 
 def test_no_grad_inside():

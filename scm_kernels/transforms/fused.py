@@ -67,8 +67,7 @@ class Fused(DualMode):
         self.forget_level = forget_level
         self.tangent_grad = True  # whether autograd is to record tangents in the call at hand
         self.apart = False  # whether a rule has been handed parts, outside of functorch's stack
-        # Whether all of it is in inference mode, which Dynamo does not know.
-        self.inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        self.inference = True  # whether all of a jvp may be in inference mode, and not a part alone
 
     @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -66,6 +66,8 @@ def jvp(
             "norms do.)"
         )
     mode = Fused(forget_level=None)
+    if not torch.compiler.is_compiling():
+        mode.inference = torch.is_inference_mode_enabled()
 
     def seen_through(*args):
         if not tangent_grad:
