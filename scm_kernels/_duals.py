@@ -174,16 +174,16 @@ class outside:  # noqa: N801  (a function to who uses it; a generator would take
         _functorch.push_dynamic_layer_stack(self.layer)
 
 
-def require_grad(x: Tensor, flag: bool, level: int) -> bool:
+def require_grad(level: int, x: Tensor, requires_grad: bool = True) -> bool:
     """Have autograd record x, or not, where it does so: outside of the jvp of this level. False if
     x is not of that level."""
     if _functorch.maybe_get_level(x) != level:
         return False
     vars(x).pop(_PARTS, None)
     x = _functorch.get_unwrapped(x)
-    if not (flag and x.requires_grad):
+    if not (requires_grad and x.requires_grad):
         with outside():
-            x.requires_grad_(flag)
+            x.requires_grad_(requires_grad)
     return True
 
 

@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from stock_attention import B, D, E, H, M, N, assert_near, draw, same, stock_jvp
 from torch.func import jvp
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import scm_kernels
@@ -367,3 +368,25 @@ def test_a_thread_without_duals_beside_one_with(x):
 def test_a_query_that_is_no_tensor_beside_a_dual_key(x):
     with pytest.raises(TypeError, match="query: got"):
         jvp(lambda k: scaled_dot_product_attention([1.0], k, x[2]), (x[1],), (x[4],))
+
+
+def test_a_mode_of_the_user_is_none_of_ours():
+    """Whatever its attributes are called."""
+
+    class Log(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.records = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.records.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, t = torch.randn(2, 1, 2, 5, 4)
+    attention = scm_kernels.scaled_dot_product_attention
+    expected = torch.func.jvp(lambda x: attention(x, x, x), (x,), (t,))
+    with Log() as log:
+        results = torch.func.jvp(lambda x: attention(x, x, x), (x,), (t,))
+        torch.testing.assert_close(attention(x, x, x), expected[0])
+    assert log.records
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)

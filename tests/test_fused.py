@@ -392,25 +392,3 @@ def test_a_learned_bias_of_attention_without_duals(way):
     """The decoder of a T5 whose encoder has the tangent."""
     x, tx = torch.randn(2, 1, 2, 5, 8, dtype=torch.float64)
     check(way, _LearnedBias(), (x,), (tx,))
-
-
-def test_a_mode_of_the_user_is_none_of_ours():
-    """Whatever its attributes are called."""
-
-    class Log(TorchFunctionMode):
-        def __init__(self):
-            super().__init__()
-            self.records = []
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            self.records.append(func)
-            return func(*args, **(kwargs or {}))
-
-    x, t = torch.randn(2, 1, 2, 5, 4)
-    attention = scm_kernels.scaled_dot_product_attention
-    expected = torch.func.jvp(lambda x: attention(x, x, x), (x,), (t,))
-    with Log() as log:
-        results = torch.func.jvp(lambda x: attention(x, x, x), (x,), (t,))
-        torch.testing.assert_close(attention(x, x, x), expected[0])
-    assert log.records
-    torch.testing.assert_close(results, expected, rtol=0, atol=0)

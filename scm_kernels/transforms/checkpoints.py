@@ -28,12 +28,12 @@ def compute(func, level: int, args, kwargs, *, ruled: bool):
 
     `ruled` functions have a rule, which has left this call alone.
     """
-    out = NotImplemented
-    if _may_be_repeated(func):
-        out = _beside(func, level, args, kwargs)
-    if out is NotImplemented and (ruled or func in DECOMPOSED):
-        out = _constant(func, level, args, kwargs)
-    return out
+    repeated, decomposed = _may_be_repeated(func), ruled or func in DECOMPOSED
+    if not (repeated or decomposed) or kwargs.get("out") is not None or jvp_at_work() is None:
+        return NotImplemented
+    if any(map(has_tangent, pytree.tree_leaves((args, kwargs)))):
+        return _beside(func, level, args, kwargs) if repeated else NotImplemented
+    return _constant(func, level, args, kwargs) if decomposed else NotImplemented
 
 
 def refuse_writes(func, args) -> None:
@@ -58,10 +58,6 @@ def _may_be_repeated(func) -> bool:
 
 def _beside(func, level: int, args, kwargs):
     """The primal as autograd records it of PyTorch's own, and beside it the tangent."""
-    if kwargs.get("out") is not None or jvp_at_work() is None:
-        return NotImplemented
-    if not any(map(has_tangent, pytree.tree_leaves((args, kwargs)))):
-        return NotImplemented
     if not args and "input" in kwargs:  # which those that draw or write take first
         kwargs = dict(kwargs)
         args = (kwargs.pop("input"),)
@@ -82,11 +78,9 @@ def _beside(func, level: int, args, kwargs):
 
 def _constant(func, level: int, args, kwargs):
     """What is constant as the checkpoint will compute it again, without a transform about."""
-    if kwargs.get("out") is not None or jvp_at_work() is None:
-        return NotImplemented
     values, options = _primals(level, args, kwargs)
     inputs, there = (pytree.tree_leaves(x) for x in ((args, kwargs), (values, options)))
-    if any(map(has_tangent, inputs)) or any(map(_has_graph_here, inputs, there)):
+    if any(map(_has_graph_here, inputs, there)):
         return NotImplemented
     with outside():
         out = func(*values, **options)

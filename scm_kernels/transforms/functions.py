@@ -59,19 +59,9 @@ _OVER_DIMENSIONS = (
     *("nanmean", "poisson_nll_loss", "scatter_reduce", "triplet_margin_loss", "vdot"),
 )
 _OF_MATRICES = (
-    *(
-        "chain_matmul",
-        "cholesky",
-        "det",
-        "eigh",
-        "eigvalsh",
-        "inv",
-        "inverse",
-        "logdet",
-        "lu_factor",
-    ),
-    *("matrix_exp", "matrix_norm", "matrix_power", "multi_dot", "pinv", "qr", "slogdet", "solve"),
-    *("solve_triangular", "svd", "svdvals"),
+    *("chain_matmul", "cholesky", "det", "eigh", "eigvalsh", "inv", "inverse", "logdet"),
+    *("lu_factor", "matrix_exp", "matrix_norm", "matrix_power", "multi_dot", "pinv", "qr"),
+    *("slogdet", "solve", "solve_triangular", "svd", "svdvals"),
 )
 # Functions that draw random numbers, and whose Jacobian is diagonal.
 RANDOM = functions(

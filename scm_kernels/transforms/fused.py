@@ -83,7 +83,7 @@ class Fused(DualMode):
             with self:
                 return BACKWARD[func](*args, **kwargs)
         if eager and func in _REQUIRES_GRAD and jvp_at_work() is not None:
-            done = _require_grad(level, *args, **kwargs)  # gradient checkpointing asks for it
+            done = require_grad(level, *args, **kwargs)  # gradient checkpointing asks for it
             return args[0] if done else func(*args, **kwargs)
         self.tangent_grad = self.records(level)
         rule = RULES.get(func)
@@ -161,10 +161,6 @@ class Fused(DualMode):
         if not self.tangent_grad and (torch.compiler.is_compiling() or t_out._is_view()):
             t_out = t_out.detach()  # PyTorch lets nobody write to a view that no_grad has made
         return Dual(out, t_out) if self.apart else make_dual(out, t_out)
-
-
-def _require_grad(level: int, x: Tensor, requires_grad: bool = True) -> bool:
-    return require_grad(x, requires_grad, level)
 
 
 def _has_tangent(x: object) -> bool:
