@@ -109,6 +109,18 @@ def test_one_gradient(launches):
 
 @ptx
 @slow
+def test_the_backward_has_the_scores_of_the_forward(launches):
+    """Where other products in float32 are for ordinary cores: lse is that of these scores, and
+    where one key takes it all, what they differ by is an error that eager has not."""
+    case = Case("ptx_sharp_d72_f32", F32, b=1, h=1, m=30, n=40, d=72, logits=30.0)
+    shared.check(shared.run("triton", case, draw(case), "both"), case, "both")
+    metas = [launch.constants["META"] for launch in launches[2:]]
+    assert {meta.SCORES for meta in metas} == {"bf16x6"}
+    assert "ieee" in {meta.PRECISION for meta in metas}
+
+
+@ptx
+@slow
 def test_addresses_beyond_31_bits(launches):
     shared.check_far_addresses("triton")
 

@@ -32,6 +32,8 @@ EFFICIENT = [
     Case("gpu_half_causal", torch.float16, m=70, n=131, d=128, causal=True, layout="packed"),
     Case("gpu_half_narrower", torch.bfloat16, m=70, n=131, d=72, e=40),
     Case("gpu_float_wide", m=70, n=131, d=256, layout="long"),
+    Case("gpu_float_sharp", m=96, n=80, d=64, logits=30.0),
+    Case("gpu_float_sharp_odd", m=96, n=80, d=72, logits=30.0, mask="late"),
 ]
 
 

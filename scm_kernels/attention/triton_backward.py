@@ -105,7 +105,7 @@ def _add_queries(
     lse, delta, mu, beta = gradients.load_stats(x, batch * H + head, row, 0, META)
     mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, True, BOUNDS, META)
 
-    s = gradients.turned_scores(q, k, P)
+    s = gradients.turned_scores(q, k, META.SCORES)
     p = gradients.probabilities(s, mask, live, lse, scale, META.RAW)
     dv = gradients.add_product(dv, p, do, P)
     g_t, centred = (), None
@@ -179,7 +179,7 @@ def attention_backward_keys_kernel(x, dk, dv, sum_q, M, N, H, GROUP, scale, META
     sums = gradients.zeros_for(dk, KEYS, META.D), gradients.zeros_for(dv, KEYS, META.E)
 
     first, clear, partial, end = _row_tiles(key, M, N, META)
-    ONE: tl.constexpr = sum_q is not None or META.PRECISION == "bf16x6"
+    ONE: tl.constexpr = sum_q is not None or META.SCORES == "bf16x6"
     whole = 0 if ONE else partial - clear  # with atomics, two loops would spill
     rest = end - first - whole
     head, i = key_head * GROUP, 0
@@ -265,7 +265,7 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     if META.CAUSAL:
         end, clear = tl.minimum(N, row + ROWS), tl.minimum(clear, (row + 1) // KEYS)
     clear = tl.where(row + ROWS <= M, clear, 0)
-    if META.PRECISION == "bf16x6":
+    if META.SCORES == "bf16x6":
         clear = 0
     else:
         for i in range(0, clear * STEP, STEP):

@@ -324,27 +324,36 @@ _FLOAT = {
 }
 
 
-def _float_tensor(tall: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
+def _float_tensor(*tall: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
     """Float32 on tensor cores (see `triton_config.py`): `tall` tiles for what is summed for rows,
-    the same turned for keys. They wait for shared memory a fifth to a sixth of the time that
-    ordinary cores do (counted by the simulator at D = 64 and 128). They, too, have one loop;
-    through both outputs more features than 64 would spill, or take minutes to compile."""
-    wide = replace(tall, block_m=tall.block_n, block_n=tall.block_m)
+    the same turned for keys; the first, in the gradient through out, at any head dimension. They
+    wait for shared memory a fifth to a sixth of the time that ordinary cores do (counted by the
+    simulator at D = 64 and 128). They, too, have one loop."""
     tables = {}
     for (kernel, through), ordinary in _FLOAT.items():
-        if kernel != "rows":  # it has no products
-            row = wide if kernel == "keys" else tall
-            row = replace(row, most=128 if through == "out" else 64)
-            tables[kernel, through] = (row, *(x for x in ordinary if x.most > row.most))
+        if kernel == "rows":  # it has no products
+            continue
+        rows = [replace(tall[0], most=128)] if through == "out" else tall
+        if kernel == "mask" and through == "both":  # more features would spill
+            rows = tall[:1]
+        if kernel == "keys":
+            rows = [replace(row, block_m=row.block_n, block_n=row.block_m) for row in rows]
+        tables[kernel, through] = (*rows, *(x for x in ordinary if x.most > rows[-1].most))
     return tables
 
 
 _FLOAT_TENSOR = {
-    "large": _float_tensor(Row(128, 64, 16, 4, 2, widest=16, exact="bf16x6")),
-    # Measured on an H200, 2x8x2048x2048: through both outputs 4.3 ms at D = 64, where 16 rows in
+    # Through both outputs more features would spill, or take minutes to compile.
+    "large": _float_tensor(Row(64, 64, 16, 4, 2, widest=16, exact="bf16x6")),
+    # Measured on an H200, 2x8x2048x2048. Through both outputs at D = 64 4.3 ms, where 16 rows in
     # flight give 6.2 and tiles of 64 rows 6 to 19; through out 2.8 ms at D = 128, for 3.9 and 2.9
-    # to 13.
-    "hopper": _float_tensor(Row(128, 128, 32, 8, 1, widest=64, exact="bf16x6")),
+    # to 13. Smaller tiles for wider heads fit shared memory, if not registers: keys and queries
+    # take 4.8 and 3.7 ms at D = 72, 9.3 and 6.6 at D = 128, ordinary cores 14 and 31, 45 and 84.
+    "hopper": _float_tensor(
+        Row(64, 128, 32, 8, 1, widest=64, exact="bf16x6"),
+        Row(96, 64, 32, 4, 1, widest=64, exact="bf16x6"),
+        Row(128, 64, 16, 4, 1, widest=64, exact="bf16x6"),
+    ),
 }
 
 # Of the keys' kernel through both outputs that adds up dq by atomics, without a mask: 12 products a

@@ -17,6 +17,7 @@ from scm_kernels.attention.triton_backward_config import (
     atomic_row,
     backward_row,
 )
+from scm_kernels.attention.triton_config import forward_row
 from scm_kernels.attention.triton_gradients import Meta, Operands
 from scm_kernels.attention.triton_tiles import View, mask_strides
 
@@ -165,11 +166,12 @@ def _pass(
             *(architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded),
             precision == "ieee",
         )
-    products = row.precision(precision)
+    ours = forward_row(architecture, p.q.dtype, features, p.causal, masked, precision == "ieee")
+    products, scores = row.precision(precision), ours.precision(precision)
     raw = p.lse_low is not None and p.mask is None and p.scale != 0.0
     meta = Meta(
-        *(row.features(d), row.features(e), vec, p.causal, products, row.block_m, row.block_n),
-        RAW=raw,
+        *(row.features(d), row.features(e), vec, p.causal, products, scores),
+        *(row.block_m, row.block_n, raw),
     )
     row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
     numbers = m, n, h, h // hk, p.scale

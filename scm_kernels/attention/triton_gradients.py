@@ -53,6 +53,7 @@ class Meta(NamedTuple):
     VEC: int
     CAUSAL: bool
     PRECISION: str
+    SCORES: str  # the precision of Q K^T: the forward's, whose scores lse is of
     BLOCK_M: int
     BLOCK_N: int
     RAW: bool  # lse is that of scores without their scale
@@ -209,7 +210,7 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
     q, tq, do, dto = queries
     k, tk, v, tv = keys
     lse, delta, mu, beta = stats
-    p = probabilities(product(q, k, None, P), mask, live, lse, scale, META.RAW)
+    p = probabilities(product(q, k, None, META.SCORES), mask, live, lse, scale, META.RAW)
     g_t, x = (), None
     if len(dto) > 0:
         g_t = p * (product(dto, v, None, P) - beta)
