@@ -97,11 +97,9 @@ def plan(
     on the first to take it.
 
     `request` is what `requested()` gave; where that is "", the environment decides. Where neither
-    forces a backend, `stand_in` may take its place: its `serves(problem, module)` says so, by the
-    problem and by what its `switch()` is at the time.
+    forces a backend, `stand_in` may take its place: its `serves(problem, module)` says so.
     """
-    switch = None if stand_in is None else stand_in.switch()
-    kind = (op, step, setting(request), switch, *_plans.kind(problem))
+    kind = (op, step, setting(request), *_plans.kind(problem))
     result = _planned[kind]
     if result is None:
         module, forced = choose(op, step, problem, request)

@@ -4,8 +4,6 @@ import pytest
 import test_attention as shared
 import torch
 from attention_cases import Case, draw
-from attention_truth import evaluate, expected
-from budget import assert_within_budget
 
 import scm_kernels
 from scm_kernels import _backends, _cuda
@@ -20,20 +18,6 @@ CASES = [
     Case("gpu_d64", torch.bfloat16, m=200, n=200, d=64),
     Case("gpu_causal", torch.float16, m=200, n=200, d=128, causal=True),
     Case("gpu_cross", torch.bfloat16, m=70, n=300, d=72),
-]
-# What the efficient backward takes and the flash one does not. (Half inputs under a mask that is
-# added have cotangents in float32, which neither takes.)
-EFFICIENT = [
-    Case("gpu_float", m=200, n=200, d=64),
-    Case("gpu_float_causal", m=200, n=130, d=72, causal=True),
-    Case("gpu_float_wider", m=70, n=300, d=64, e=128, layout="bshd"),
-    Case("gpu_float_odd_mask", m=70, n=301, d=64, mask="inf"),
-    Case("gpu_float_row_mask", m=70, n=304, d=64, mask="inf", mask_shape="b11n"),
-    Case("gpu_half_causal", torch.float16, m=70, n=131, d=128, causal=True, layout="packed"),
-    Case("gpu_half_narrower", torch.bfloat16, m=70, n=131, d=72, e=40),
-    Case("gpu_float_wide", m=70, n=131, d=256, layout="long"),
-    Case("gpu_float_sharp", m=96, n=80, d=64, logits=30.0),
-    Case("gpu_float_sharp_odd", m=96, n=80, d=72, logits=30.0, mask="late"),
 ]
 
 
@@ -67,23 +51,6 @@ def test_pytorchs_flash_backward_gives_the_gradient(case, served):
     """Under "auto" it serves the gradient through out, inside the error budget."""
     shared.check(shared.run("auto", case, draw(case, "cuda"), "out"), case, "out")
     assert [torch_backward._flash_refuses(problem) for problem in served] == [None]
-
-
-@pytest.mark.parametrize("case", EFFICIENT, ids=str)
-def test_pytorchs_efficient_backward_gives_the_gradient(case, served):
-    """Of all but the mask, which it has no gradient for."""
-    inputs = draw(case, "cuda")
-    masks = {"attn_mask": inputs["attn_mask"]}
-
-    def run(x):
-        return scm_kernels.attention_jvp(*shared._arguments(x), **masks, **case.options())
-
-    results = evaluate(run, inputs, "out")
-    for name, (truth, lo, magnitude) in expected(case, "out").items():
-        if name != "d_attn_mask":
-            actual = results[name].cpu()
-            assert_within_budget(actual, truth, lo, magnitude=magnitude, name=f"{case}: {name}")
-    assert [torch_backward._flash_refuses(problem) is None for problem in served] == [False]
 
 
 def test_launches_go_to_the_current_stream(backend):

@@ -53,40 +53,15 @@ def test_pytorchs_flash_backward_is_asked_as_it_wants(wanted, taken):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "taken"),
-    [
-        ({"dtype": F32}, True),
-        ({"dtype": F32, "d": 68}, True),
-        ({"dtype": F32, "d": 66}, False),
-        ({"dtype": F32, "m": 9, "causal": True, "e": 32}, True),
-        ({"mask": torch.zeros(1, 1, 8, 8, dtype=BF16)}, True),
-        ({"n": 13, "mask": torch.zeros(1, 1, 1, 13, dtype=BF16)}, True),
-        ({"mask": torch.zeros(1, 1, 8, 1, dtype=BF16)}, False),
-        ({"mask": torch.zeros(1, 1, 8, 8, dtype=F32)}, False),
-    ],
-)
-def test_pytorchs_efficient_backward_is_asked_as_it_wants(wanted, taken):
-    p = problem(**wanted)
-    assert torch_backward._flash_refuses(p) is not None
-    assert (torch_backward._efficient_refuses(p) is None) == taken
-    if taken:
-        gradients = torch_backward._efficient(meta(p))
-        assert [x.shape for x in gradients[:3]] == [x.shape for x in (p.q, p.k, p.v)]
-
-
-@pytest.mark.parametrize("flash", [True, False], ids=["flash", "efficient"])
-@pytest.mark.parametrize(
     ("architecture", "features", "served"),
     [("sm_80", 64, True), ("sm_90", 64, False), ("sm_90", 128, False), ("sm_90", 256, True)],
 )
 def test_pytorchs_backward_stands_back_where_it_is_slower(
-    architecture, features, served, flash, monkeypatch
+    architecture, features, served, monkeypatch
 ):
-    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features), dtype=F32)
-    problem = SimpleNamespace(q=q, v=SimpleNamespace(shape=q.shape))
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 4, features))
+    problem = SimpleNamespace(q=q)
     monkeypatch.setattr(torch_backward, "refuses", lambda problem: None)
-    refusal = None if flash else "for a test"
-    monkeypatch.setattr(torch_backward, "_flash_refuses", lambda problem: refusal)
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
     assert torch_backward.serves(problem, triton) == served
     assert torch_backward.serves(problem, reference)

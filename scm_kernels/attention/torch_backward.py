@@ -1,11 +1,12 @@
 """The gradient through `out` alone by a backward of PyTorch's attention, from our out and lse.
 
 On a CPU its flash backward stands in for the reference alone, not in float32: it is slower than
-the kernels of `cpu.py`. On a GPU it has two that make five products a tile where ours make seven:
-the flash one, in half types without a mask, and the memory-efficient one, which takes masks that
-are added, other widths of values, and float32. They go before Triton's kernels where they are
-faster. Neither sums dq in the same order every time, but under
-`torch.use_deterministic_algorithms`.
+the kernels of `cpu.py`. On a GPU the flash one, in half types without a mask, makes five products a
+tile where ours make seven, and goes before Triton's kernels where it is faster; it does not sum dq
+in the same order every time, but under `torch.use_deterministic_algorithms`. The memory-efficient
+one is not used: in half types it takes 2 to 3 times as long as Triton's (measured on an H200), and
+in float32 its scores are not those that lse is of, so that P = exp(S - lse) is off where one key
+takes it all: at logits of 30 the error of dq was 3 times eager's (measured).
 """
 
 import math
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _triton
@@ -23,17 +23,6 @@ from scm_kernels.attention.problem import Backward
 # Where Triton's kernels are faster, up to so many features: on an H200 (measured, bfloat16, B = 2,
 # H = 16, M = N = 4096) they take 1.1 ms where flash takes 1.4 at D = 64, and 1.9 for 2.5 at 128.
 _FLASH_SLOWER = {"sm_90": 128}
-# The efficient one makes a float32 product of three in TF32, as PyTorch's forward does: its
-# rounding error is 1e-6 of the gradient's size, where one of ordinary products is 5e-7. On an H200
-# (measured, B = 2, H = 8, M = N = 2048) it takes 3.2 ms at D = 128, and Triton's kernels take 2.8.
-_EFFICIENT_SLOWER = {"sm_90": 128}
-# It takes lse in rows of multiples of it, with +inf beyond the last query.
-_LSE_ROWS = 32
-
-
-def switch() -> str:
-    """What a choice depends on besides a problem: in float32 PyTorch has no kernel for "ieee"."""
-    return triton.float32_precision()
 
 
 def serves(problem: Backward, chosen: ModuleType) -> bool:
@@ -47,13 +36,7 @@ def serves(problem: Backward, chosen: ModuleType) -> bool:
 
 def _slower(p: Backward) -> bool:
     """Whether Triton's kernels take the problem in less time than PyTorch's on a GPU."""
-    features = max(p.q.shape[3], p.v.shape[3])
-    architecture = _triton.architecture(p.q.device)
-    if _flash_refuses(p) is None:
-        return features <= _FLASH_SLOWER.get(architecture, 0)
-    if p.q.dtype != torch.float32 or switch() == "ieee":
-        return True  # half types under masks: it takes 2 to 3 times as long (measured)
-    return features <= _EFFICIENT_SLOWER.get(architecture, 0)
+    return p.q.shape[3] <= _FLASH_SLOWER.get(_triton.architecture(p.q.device), 0)
 
 
 def refuses(problem: Backward) -> str | None:
@@ -70,7 +53,7 @@ def refuses(problem: Backward) -> str | None:
     if 0 in p.q.shape or 0 in p.k.shape:
         return "it takes no empty tensors"
     if p.q.device.type == "cuda":
-        return _flash_refuses(p) and _efficient_refuses(p)
+        return _flash_refuses(p)
     if p.q.device.type != "cpu":
         return (
             f"this file knows PyTorch's kernels for CPUs and NVIDIA's GPUs, not {p.q.device.type}"
@@ -82,56 +65,25 @@ def refuses(problem: Backward) -> str | None:
 
 def _flash_refuses(p: Backward) -> str | None:
     """FlashAttention-2 as it is in PyTorch."""
-    reason = _no_nvidia(p)
-    if reason is not None:
-        return reason
+    if torch.version.hip is not None or _triton.refuses(p.q) is not None:
+        return "it is for NVIDIA's GPUs, from compute capability 8.0 on"
     if p.q.dtype not in (torch.float16, torch.bfloat16) or p.q.shape[3] > 256:
         return "it has float16 and bfloat16, and head dimensions up to 256"
     if p.q.shape[3] != p.v.shape[3]:
         return "it wants values as wide as queries"
     if p.mask is not None or (p.causal and p.q.shape[2] != p.k.shape[2]):
         return "it has no masks, and aligns causal ones at the other corner"
-    return _misaligned(p)
-
-
-def _efficient_refuses(p: Backward) -> str | None:
-    """Memory-efficient attention as it is in PyTorch."""
-    reason = _no_nvidia(p)
-    if reason is not None:
-        return reason
-    if p.q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return "it has float32, float16 and bfloat16"
-    if p.mask is not None and (p.mask.dtype != p.q.dtype or p.mask.shape[3] != p.k.shape[2]):
-        return "it wants a mask of query's dtype, and of every key"
-    return _misaligned(p)
-
-
-def _no_nvidia(p: Backward) -> str | None:
-    if torch.version.hip is not None or _triton.refuses(p.q) is not None:
-        return "it is for NVIDIA's GPUs, from compute capability 8.0 on"
-    return None
-
-
-def _misaligned(p: Backward) -> str | None:
-    width = _width(p.q)
-    if p.q.shape[3] % width or p.v.shape[3] % width:
+    width = 16 // p.q.element_size()
+    if p.q.shape[3] % width:
         return f"it wants features in multiples of {width}"
     if _triton.vector(p.q, p.k, p.v, p.out, p.dout) < width:
         return "it wants rows at multiples of 16 bytes"
     return None
 
 
-def _width(x: Tensor) -> int:
-    """The elements of 16 bytes."""
-    return 16 // x.element_size()
-
-
 def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     """dq, dk, dv of those that are wanted."""
-    if problem.q.device.type == "cpu":
-        gradients = _on_cpu
-    else:
-        gradients = _flash if _flash_refuses(problem) is None else _efficient
+    gradients = _on_cpu if problem.q.device.type == "cpu" else _flash
 
     def run(p: Backward) -> None:
         if p.lse_low is not None:
@@ -162,24 +114,5 @@ def _flash(p: Backward) -> tuple[Tensor, ...]:
     unused = p.lse.new_empty(0, dtype=torch.int64)
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *(p.dout, p.q, p.k, p.v, p.out, p.lse, *lengths, 0.0, p.causal, unused, unused),
-        scale=p.scale,
-    )
-
-
-def _efficient(p: Backward) -> tuple[Tensor, ...]:
-    """out is read as [B, M, H, E] in memory, whatever its strides; rows of a mask at 16 bytes."""
-    out = p.out.transpose(1, 2).contiguous().transpose(1, 2)
-    lse = F.pad(_lse(p), (0, -p.lse.shape[2] % _LSE_ROWS), value=math.inf)
-    mask, width = p.mask, _width(p.q)
-    if mask is not None:
-        if _triton.vector(mask) < width:
-            n = mask.shape[3]
-            mask = F.pad(mask, (0, -n % width))[..., :n]
-        mask = mask.expand(*p.q.shape[:3], p.k.shape[2])
-    unused = p.lse.new_empty(0, dtype=torch.int64)
-    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        *(p.dout, p.q, p.k, p.v, mask, out, lse, unused, unused, 0.0),
-        [p.dq is not None, p.dk is not None, p.dv is not None, False],
-        p.causal,
         scale=p.scale,
     )
