@@ -19,7 +19,7 @@ from attention_cases import Case, draw
 import scm_kernels
 from scm_kernels import _backends, _triton, attention_jvp
 from scm_kernels.attention import triton as attention_triton
-from scm_kernels.attention import triton_config
+from scm_kernels.attention import triton_backward_config, triton_config
 from scm_kernels.attention.problem import Backward, Forward
 from scm_kernels.attention.triton_backward_config import atomic_row
 
@@ -109,14 +109,21 @@ def test_one_gradient(launches):
 
 @ptx
 @slow
-def test_the_backward_has_the_scores_of_the_forward(launches):
-    """Where other products in float32 are for ordinary cores: lse is that of these scores, and
-    where one key takes it all, what they differ by is an error that eager has not."""
-    case = Case("ptx_sharp_d72_f32", F32, b=1, h=1, m=30, n=40, d=72, logits=30.0)
-    shared.check(shared.run("triton", case, draw(case), "both"), case, "both")
+def test_the_backward_has_the_scores_of_the_forward(launches, monkeypatch):
+    """And their tangent, where its other products in float32 are for ordinary cores: lse and mu are
+    of those. Where one key takes it all, what others differ by is an error that eager has not."""
+    monkeypatch.setattr(triton_backward_config, "_FLOAT_TENSOR", {})
+    triton_backward_config.backward_row.cache_clear()
+    sizes = {"b": 1, "h": 1, "m": 30, "n": 40, "d": 72}
+    mask = {"mask": "padding", "mask_shape": "11mn", "t_mask": True}
+    large = {"logits": 30.0, "shared": 8.0, "scale": 0.3}
+    case = Case("ptx_ordinary", F32, tangents="kv", **sizes, **mask, **large)
+    try:
+        shared.check(shared.run("triton", case, draw(case), "both"), case, "both")
+    finally:
+        triton_backward_config.backward_row.cache_clear()
     metas = [launch.constants["META"] for launch in launches[2:]]
-    assert {meta.SCORES for meta in metas} == {"bf16x6"}
-    assert "ieee" in {meta.PRECISION for meta in metas}
+    assert {(meta.PRECISION, meta.SCORES) for meta in metas} == {("ieee", "bf16x6")}
 
 
 @ptx

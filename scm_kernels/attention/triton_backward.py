@@ -111,7 +111,8 @@ def _add_queries(
     g_t, centred = (), None
     if x.dt_out is not None:
         tmask = gradients.load_mask(x.tmask, batch, head, row, key, M, N, True, BOUNDS, META)
-        t = gradients.product(tk, q, gradients.product(k, tq, None, P), P)
+        t = gradients.product(k, tq, None, META.SCORES)
+        t = gradients.product(tk, q, t, META.SCORES)
         centred = gradients.centred(t, tmask, mu, scale)
         if centred is not None:
             dv = gradients.add_product(dv, p * centred, dto, P)

@@ -53,7 +53,7 @@ class Meta(NamedTuple):
     VEC: int
     CAUSAL: bool
     PRECISION: str
-    SCORES: str  # the precision of Q K^T: the forward's, whose scores lse is of
+    SCORES: str  # the precision of S and T: the forward's, which lse and mu are of
     BLOCK_M: int
     BLOCK_N: int
     RAW: bool  # lse is that of scores without their scale
@@ -214,7 +214,8 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
     g_t, x = (), None
     if len(dto) > 0:
         g_t = p * (product(dto, v, None, P) - beta)
-        x = centred(product(q, tk, product(tq, k, None, P), P), tmask, mu, scale)
+        t = product(q, tk, product(tq, k, None, META.SCORES), META.SCORES)
+        x = centred(t, tmask, mu, scale)
     beside = beside_a(p, delta, g_t, x)
     a = product(dto, tv, product(do, v, None, P), P)
     return gradient_of_scores(p, a, delta, beside), g_t
