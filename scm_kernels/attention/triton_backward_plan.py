@@ -166,8 +166,8 @@ def _pass(
             *(architecture, kernel, through, p.q.dtype, features, p.causal, masked, padded),
             precision == "ieee",
         )
-    ours = forward_row(architecture, p.q.dtype, features, p.causal, masked, precision == "ieee")
-    products, scores = row.precision(precision), ours.precision(precision)
+    forward = forward_row(architecture, p.q.dtype, features, p.causal, masked, precision == "ieee")
+    products, scores = row.precision(precision), forward.precision(precision)
     raw = p.lse_low is not None and p.mask is None and p.scale != 0.0
     meta = Meta(
         *(row.features(d), row.features(e), vec, p.causal, products, scores),
