@@ -96,15 +96,13 @@ def plan_backward(problem: Backward) -> Callable[[Backward], None]:
     return run
 
 
-def _lse(p: Backward) -> Tensor:
-    """With +inf for the -inf of a row without keys: P = exp(S - lse) = 0 there."""
-    return p.lse if p.mask is None else p.lse.masked_fill(p.lse == -math.inf, math.inf)
-
-
 def _on_cpu(p: Backward) -> tuple[Tensor, ...]:
-    mask = None if p.mask is None else p.mask.expand(*p.q.shape[:3], p.k.shape[2])
+    mask, lse = p.mask, p.lse
+    if mask is not None:
+        mask = mask.expand(*p.q.shape[:3], p.k.shape[2])
+        lse = lse.masked_fill(lse == -math.inf, math.inf)  # of a row without keys: P = 0 there
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        p.dout, p.q, p.k, p.v, p.out, _lse(p), 0.0, p.causal, attn_mask=mask, scale=p.scale
+        p.dout, p.q, p.k, p.v, p.out, lse, 0.0, p.causal, attn_mask=mask, scale=p.scale
     )
 
 

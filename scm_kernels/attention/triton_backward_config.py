@@ -9,6 +9,7 @@ other the one with smaller blocks is here, which the model flatters less. Masks 
 one that all rows share has rows of its own where the others would spill (`padded`).
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -291,29 +292,28 @@ _MASKED_ELSEWHERE = {
     },
 }
 
+
+def _turned(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The tiles of queries for keys: what is summed for and what is walked along change places."""
+    return tuple(replace(row, block_m=row.block_n, block_n=row.block_m) for row in rows)
+
+
 # In float32 on ordinary cores.
+_FLOAT_OUT = (
+    Row(64, 32, 32, 4, 2, widest=16),
+    Row(128, 32, 16, 4, 2, widest=16),
+    Row(256, 16, 16, 4, 1, widest=16),
+)
 _FLOAT_BOTH = (
     Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
-    Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),
+    Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),  # of keys: 129 KiB of shared memory
 )
 _FLOAT = {
     ("rows", "out"): _ROWS,
     ("rows", "both"): _ROWS,
-    ("keys", "out"): (
-        Row(64, 32, 32, 4, 2, widest=16),
-        Row(128, 16, 32, 4, 2, widest=16),
-        Row(256, 16, 16, 4, 1, widest=16),
-    ),
-    ("keys", "both"): (
-        Row(64, 16, 32, 8, 2, widest=16, maxnreg=255),
-        Row(128, 16, 32, 8, 1, widest=16, maxnreg=255),
-        Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),  # 129 KiB of shared memory
-    ),
-    ("queries", "out"): (
-        Row(64, 32, 32, 4, 2, widest=16),
-        Row(128, 32, 16, 4, 2, widest=16),
-        Row(256, 16, 16, 4, 1, widest=16),
-    ),
+    ("keys", "out"): _turned(_FLOAT_OUT),
+    ("keys", "both"): (Row(64, 16, 32, 8, 2, widest=16, maxnreg=255), *_turned(_FLOAT_BOTH)),
+    ("queries", "out"): _FLOAT_OUT,
     ("queries", "both"): _FLOAT_BOTH,
     ("queries", "both, dtq"): _FLOAT_BOTH,
     ("mask", "out"): (
@@ -337,7 +337,7 @@ def _float_tensor(*tall: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
         if kernel == "mask" and through == "both":  # more features would spill
             rows = tall[:1]
         if kernel == "keys":
-            rows = [replace(row, block_m=row.block_n, block_n=row.block_m) for row in rows]
+            rows = _turned(rows)
         tables[kernel, through] = (*rows, *(x for x in ordinary if x.most > rows[-1].most))
     return tables
 
