@@ -257,3 +257,16 @@ def test_huge_scores_are_those_of_one_key(backend, d, mask, logits):
     largest = scores.amax(-1) / math.sqrt(d)
     torch.testing.assert_close(lse.double(), largest, rtol=1e-6, atol=0.0)
     assert t_out.isfinite().all()
+
+
+@pytest.mark.parametrize("nothing", range(4), ids=["batch", "heads", "queries", "keys"])
+def test_double_backward_of_nothing(nothing):
+    """Without a batch, heads, queries or keys all second derivatives are there, and zeros."""
+    b, h, m, n = (0 if i == nothing else size for i, size in enumerate((2, 2, 3, 5)))
+    leaves = [torch.randn(b, h, length, 4).requires_grad_() for length in 2 * (m, n, n)]
+    first = torch.autograd.grad(
+        sum(x.square().sum() for x in attention_jvp(*leaves)), leaves, create_graph=True
+    )
+    second = torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)
+    for leaf, gradient in zip(leaves, second, strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(leaf))

@@ -68,7 +68,10 @@ def dense(q, k, v, tq, tk, tv, mask, tmask, *, causal: bool, scale: float) -> tu
     )
     scores = scale * q @ k.mT
     scores, live = _masked(scores, mask, causal, rows=slice(0, shape[2]), keys=slice(0, shape[3]))
-    peak = scores.detach().amax(-1, keepdim=True)
+    if shape[3] > 0:
+        peak = scores.detach().amax(-1, keepdim=True)
+    else:  # a maximum of nothing, which PyTorch refuses
+        peak = scores.new_full((*shape[:3], 1), -math.inf)
     p = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
     total = p.sum(-1, keepdim=True)
     p = p / total.masked_fill(total == 0, 1.0)
