@@ -10,6 +10,8 @@ The last two are for derivatives beyond the first, and for those of w in forward
 are [B, D], the coefficients of G [B, 4]; symbols and derivation in `reference.py`.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -87,12 +89,60 @@ def _loss(f, v, x, j, *numbers_and_options):
     return outputs
 
 
+class Call:
+    """Calls of a public function of one kind, which are `plain`, outside of autocast and dual
+    levels, and have been checked: what depends on the kind alone is decided at the first one.
+    """
+
+    def __init__(self, shape: torch.Size, *options):
+        self.shape = None if len(shape) == 2 else (shape[0], shape[1:].numel())
+        *self.options, self.backend = options  # sigma_data, c, preset, zero
+        self.plan: Callable[[Loss | Normalize], None] | None = None
+
+    def normalize(self, f, v, x, j, t, warmup, r: float) -> Tensor:
+        """s g, in the shape of f; contiguous, as all inputs are."""
+        with _library.below_autograd():
+            out = torch.empty_like(f)
+            numbers = t, warmup, _plans.Number(r)
+            problem = Normalize(*self.rows(f, v, x, j), *numbers, *self.options, *self.rows(out))
+            self.run("normalize", problem)
+        return out
+
+    def loss(self, f, v, x, j, t, warmup, log_weight, r: float) -> Tensor:
+        """The loss of each sample."""
+        args = *self.rows(f, v, x, j), t, warmup, log_weight, r
+        if _library.differentiable((f, log_weight)):
+            return _Loss.apply(*args, *self.options, self.backend, self)[0]  # no transform is about
+        with _library.below_autograd():
+            return self.losses(*args)[0]
+
+    def losses(self, f, v, x, j, t, warmup, log_weight, r: float) -> tuple[Tensor, ...]:
+        """What `tangent_loss` returns."""
+        outputs = _fake_loss(f, v, x, j, t, warmup, log_weight)
+        numbers = t, warmup, log_weight, _plans.Number(r)
+        self.run("loss", Loss(f, v, x, j, *numbers, *self.options, *outputs))
+        return outputs
+
+    def rows(self, *tensors: Tensor) -> Iterable[Tensor]:
+        """[B, ...] as [B, D]."""
+        return tensors if self.shape is None else [x.view(self.shape) for x in tensors]
+
+    def run(self, step: str, problem: Loss | Normalize) -> None:
+        if self.plan is None:
+            self.plan = _backends.plan("tangent", step, problem, self.backend)
+        self.plan(problem)
+
+
 class _Loss(_library.Function):
     """The losses, with gradients in f and in log_weight; the other outputs are constants."""
 
     @staticmethod
     def forward(ctx, f, v, x, j, t, warmup, log_weight, *options):
-        losses, *rest = tangent_loss.inside(f, v, x, j, t, warmup, log_weight, *options)
+        *options, call = options
+        if call is None:
+            losses, *rest = tangent_loss.inside(f, v, x, j, t, warmup, log_weight, *options)
+        else:
+            losses, *rest = call.losses(f, v, x, j, t, warmup, log_weight, options[0])
         # log_weight's own gradient reads no elements; f's may be asked for at an outer level.
         nested = torch._C._functorch.peek_interpreter_stack() is not None
         rows = (f, v, x, j) if ctx.needs_input_grad[0] or nested else (None,) * 4
@@ -109,7 +159,7 @@ class _Loss(_library.Function):
         else:
             df, dw = tangent_gradient(*given, log_weight, dlosses, ctx.backend)
         dw = None if log_weight is None else dw
-        return df, *(None,) * 5, dw, *(None,) * 6
+        return df, *(None,) * 5, dw, *(None,) * 7
 
 
 def _differentiable_gradient(
@@ -134,7 +184,7 @@ def _differentiable_gradient(
 def _autograd_loss(*args):
     _library.refuse_duals("tangent_loss", _INSTEAD, args[:7])
     if _library.differentiable((args[0], args[6])):
-        return _library.apply(_Loss, *args)
+        return _library.apply(_Loss, *args, None)
     return tangent_loss.below(*args)
 
 

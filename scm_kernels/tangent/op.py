@@ -7,14 +7,17 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from scm_kernels import _backends, _checks
+from scm_kernels import _backends, _checks, _library, _plans
 from scm_kernels.tangent import library
 from scm_kernels.tangent.presets import PRESETS
+
+_calls = _plans.Plans()  # kinds of calls that passed the checks, and whose tensors need views alone
 
 
 def normalized_tangent(
@@ -70,6 +73,11 @@ def normalized_tangent(
 
     Source: Lu & Song, arXiv 2410.11081, sections 4.2, 5.1, Algorithm 1; "rcm": arXiv 2510.08431.
     """
+    tensors = output, dxdt, x_t, jvp, t, warmup if isinstance(warmup, Tensor) else None
+    kind = _kind(tensors, ("", preset, sigma_data, c, nan_policy))
+    call = None if kind is None else _calls[kind]
+    if call is not None:
+        return call.normalize(*tensors, _rate(warmup))
     _one_of("preset", preset, PRESETS)
     if preset == "meanflow":
         others = ", ".join(repr(name) for name in PRESETS if name != preset)
@@ -81,6 +89,7 @@ def normalized_tangent(
     tangent = library.tangent_normalize(
         *inputs, options.t, options.warmup, *options.numbers, options.backend
     )
+    _remember(kind, tensors, options)
     return _from_rows(tangent, output.shape, order).to(output.dtype)
 
 
@@ -158,12 +167,23 @@ def consistency_loss(
     Source: Lu & Song, arXiv 2410.11081, Eq. 8 and Algorithm 1.
     """
     _one_of("preset", preset, PRESETS)
-    # meanflow has no term in x_t: dxdt in its place is read from cache, times zero.
-    inputs, _ = _rows(output, dxdt, dxdt if preset == "meanflow" else x_t, jvp)
+    only = None  # what warmup has to be
+    if preset == "meanflow":
+        # It has no term in x_t: dxdt in its place is read from cache, times zero.
+        x_t, only = dxdt, warmup
+    tensors = output, dxdt, x_t, jvp, t, warmup if isinstance(warmup, Tensor) else None, log_weight
+    kind = _kind(tensors, (reduction, preset, sigma_data, c, nan_policy, only))
+    call = None if kind is None else _calls[kind]
+    if call is not None:
+        loss = call.loss(*tensors, _rate(warmup))
+        return loss.mean() if reduction == "mean" else loss
+    inputs, _ = _rows(output, dxdt, x_t, jvp)
     options = _options(preset, output, t, warmup, sigma_data, c, nan_policy)
     _check_loss(preset, output, log_weight, warmup, reduction)
     w = None if log_weight is None else _number(log_weight)
     loss = _losses(inputs, options, w)
+    if w is log_weight:
+        _remember(kind, tensors, options)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -191,6 +211,42 @@ class _Options:
     warmup: Tensor | None  # the same
     numbers: tuple  # r (for all samples, where there is no warmup), sigma_data, c, preset, zero
     backend: str
+
+
+# --- calls like others ----------------------------------------------------------------------------
+
+
+def _kind(tensors: tuple, options: tuple) -> tuple | None:
+    """What a call has in common with those that may go where it went; None where it is to be looked
+    at from the start. A number for all samples is no part of it: r is another at each step.
+    """
+    if (
+        not _library.plain(tensors)
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    for x in options:
+        if type(x) not in (str, float, int, NoneType):  # no hash, or it equals another, as True 1
+            return None
+    request = _backends.requested()
+    return (*options, request, _backends.setting(request), *_plans.kind(tensors))
+
+
+def _rate(warmup: object) -> float:
+    """r for all samples, 1 where `warmup` is a tensor."""
+    if isinstance(warmup, Tensor):
+        return 1.0
+    return _checks.number("warmup", warmup, low=0.0, high=1.0)
+
+
+def _remember(kind: tuple | None, tensors: tuple, options: "_Options") -> None:
+    """Calls of a kind that has passed the checks, if views make rows of its inputs."""
+    output, t, warmup = tensors[0], tensors[4], tensors[5]
+    if kind is None or options.t is not t or options.warmup is not warmup or output.numel() == 0:
+        return
+    if all(x.is_contiguous() for x in tensors[:4]):
+        _calls[kind] = library.Call(output.shape, *options.numbers[1:], options.backend)
 
 
 # --- arguments ------------------------------------------------------------------------------------
