@@ -9,6 +9,7 @@ functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pas
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import SimpleNamespace
 
 import torch
@@ -33,6 +34,8 @@ _AUTOCAST = _keys(*("Autocast" + device for device in _DEVICES))
 _ORDINARY = _keys("ADInplaceOrView", *_DEVICES, *("Autograd" + device for device in _DEVICES))
 _UNUSUAL = ~(_ORDINARY | _AUTOCAST).raw_repr()
 _keys_of = torch._C._dispatch_keys
+# Whether an op runs for PyTorch's older vmap, below which autograd records whole batches.
+in_older_vmap: ContextVar[bool] = ContextVar("scm_kernels_in_older_vmap", default=False)
 # Not `forward_ad.unpack_dual`, which for the sake of an export takes twice as long.
 _unpack_dual = torch._VF._unpack_dual
 
@@ -44,6 +47,7 @@ __all__ = [
     "below_autograd",
     "define",
     "differentiable",
+    "in_older_vmap",
     "refuse_duals",
     "without_autocast",
 ]
@@ -155,10 +159,17 @@ def _older_vmap(op: Callable, rule: Callable) -> Callable:
                 args[i] = args[i][0]
         if size == 1:  # PyTorch expands what has no batch
             return op(*args)
-        out, out_dims = rule(SimpleNamespace(batch_size=size), in_dims, *args)
+        token = in_older_vmap.set(True)
+        try:
+            out, out_dims = rule(SimpleNamespace(batch_size=size), in_dims, *args)
+        finally:
+            in_older_vmap.reset(token)
         if isinstance(out, Tensor):
             return torch._add_batch_dim(out, out_dims, level)
-        return [torch._add_batch_dim(x, dim, level) for x, dim in zip(out, out_dims, strict=True)]
+        return [
+            x if dim is None else torch._add_batch_dim(x, dim, level)
+            for x, dim in zip(out, out_dims, strict=True)
+        ]
 
     return run
 

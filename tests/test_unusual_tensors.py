@@ -3,12 +3,20 @@ behind: the short way past PyTorch's dispatcher is not for them."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._vmap_internals import _vmap
-from torch.autograd.functional import jacobian
+from torch.autograd.functional import hessian, jacobian
 from torch.func import grad, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scm_kernels
-from scm_kernels import _backends, attention_jvp, consistency_loss, normalized_tangent
+from scm_kernels import (
+    _backends,
+    attention_jvp,
+    consistency_loss,
+    normalized_tangent,
+    scaled_dot_product_attention,
+)
 
 SHAPE = (2, 3, 5, 4)
 
@@ -114,6 +122,40 @@ def test_jacobians_in_one_pass():
         (lambda k: attention_jvp(q[0], k, *q[2:])[1], q[1]),
     ):
         torch.testing.assert_close(jacobian(function, at, vectorize=True), jacobian(function, at))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True}], ids=str)
+def test_jacobians_of_forward_mode_in_one_pass(options, dtype):
+    """A batch of tangents, with a primal that has none; and the gradient of such a Jacobian."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=dtype)
+    weights = torch.randn(1, 2, 5, 4, 1, 2, 5, 4, dtype=dtype)
+    leaves = [k.requires_grad_()]
+    if "attn_mask" in options:
+        leaves.append(torch.randn(5, 5, dtype=dtype, requires_grad=True))
+        options = {"attn_mask": leaves[1]}
+
+    def run(attention):
+        def function(q):
+            return attention(q, k, v, **options)
+
+        result = jacobian(function, q, vectorize=True, strategy="forward-mode")
+        return result, *torch.autograd.grad((weights * result).sum(), leaves)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = run(F.scaled_dot_product_attention)
+    with scm_kernels.fused():
+        rerouted = run(F.scaled_dot_product_attention)
+    for actual in (run(scaled_dot_product_attention), rerouted):
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_gradient_inside_of_such_a_jacobian_raises():
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    options = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    with pytest.raises(NotImplementedError, match=r"vectorised jacobian.*torch\.func\.jacrev"):
+        hessian(lambda q: scaled_dot_product_attention(q, k, v).sin().sum(), q, **options)
 
 
 def test_a_backend_that_two_ways_have_forced(monkeypatch):

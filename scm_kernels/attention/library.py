@@ -20,7 +20,11 @@ _INSTEAD = (
     "forward-mode AD; "
     "a jvp of a jvp is not supported."
 )
-
+_VECTORISED = (
+    "scm_kernels: a gradient of attention inside of a vectorised jacobian in forward mode "
+    '(torch.autograd.functional.hessian with outer_jacobian_strategy="forward-mode") is not '
+    "supported; take torch.func.jacrev of a torch.func.jacfwd"
+)
 
 # A dual tensor of the plain `forward_ad.dual_level` whose tangents `op.py` passes, else None: it
 # has lost its tangent once that level has ended. functorch's transforms end before a backward.
@@ -130,7 +134,7 @@ class _Attention(_library.Function):
             q, k, v, _, _, _, mask, _ = tensors
             ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None, low)
         ctx.options = causal, scale, backend
-        ctx.level = dual_level.get()
+        ctx.level, ctx.in_older_vmap = dual_level.get(), _library.in_older_vmap.get()
         return out, t_out, lse, mu, low
 
     @staticmethod
@@ -138,6 +142,8 @@ class _Attention(_library.Function):
         wanted, saved = ctx.needs_input_grad[:8], ctx.saved_tensors
         if ctx.level is None or forward_ad.unpack_dual(ctx.level).tangent is None:
             return (*_gradients(saved, ctx.options, dout, dt_out, wanted), *(None,) * 5)
+        if ctx.in_older_vmap:
+            raise NotImplementedError(_VECTORISED)
         # A backward inside of the dual level. The gradient of (dout, O) in the inputs has a
         # tangent: the gradient of (dout, tO), as tO is the tangent of O, and of (tdout, O).
         (dout, tdout), (dt_out, tdt_out) = map(unpack, (dout, dt_out))
@@ -185,7 +191,12 @@ def _vmap_forward(info, in_dims, *args):
     batch = _batch(tensors[0], in_dims[0])
     folded = _fold_all(tensors, in_dims, size, batch)
     outputs = torch.ops.scm_kernels.attention_jvp(*folded, causal, scale, tangent_grad, backend)
-    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0, 0, 0, 0, 0)
+    outputs = [x.unflatten(0, (size, batch)) for x in outputs]
+    if any(in_dims[i] is not None for i in (0, 1, 2, 6)):
+        return tuple(outputs), (0,) * 5
+    # A batch of tangents alone, as of a Jacobian in forward mode: a dual tensor's primal has none.
+    out, t_out, lse, mu, low = outputs
+    return (out[0], t_out, lse[0], mu, low[0]), (None, 0, None, 0, None)
 
 
 def _batch(q: Tensor, dim: int | None) -> int:
