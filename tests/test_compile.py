@@ -6,6 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from networks import close, dit_case, gradients, layer_norm, stock_jvp, true_jvp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import scm_kernels
 
@@ -363,3 +364,24 @@ def test_a_compiled_function_around_a_compiled_function():
     inner = torch.compile(small, backend=AOT)
     outer = torch.compile(lambda x, tx: ours(inner, x, tx), backend=AOT, fullgraph=True)
     close(outer(x, tx), true_jvp(small, (x,), (tx,)))
+
+
+@pytest.mark.parametrize("tangent_grad", [False, True])
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_a_checkpoint_around_a_jvp(tangent_grad):
+    """Dynamo lets no checkpoint enter a mode, unless it is told that the backward need not."""
+    network = nn.Sequential(nn.LayerNorm(8), Function(attend), nn.Linear(4, 8)).double()
+    x, t_x = torch.randn(2, 2, 4, 8, dtype=torch.float64)
+
+    def function(x, t_x):
+        return scm_kernels.jvp(network, (x,), (t_x,), tangent_grad=tangent_grad)
+
+    def checkpointed(x, t_x):
+        return checkpoint(function, x, t_x, use_reentrant=False)
+
+    results = []
+    for run in (function, torch.compile(checkpointed, backend=AOT, fullgraph=True)):
+        out, t_out = run(x, t_x)
+        loss = (out + t_out).sin().sum()
+        results.append((out, t_out, *torch.autograd.grad(loss, list(network.parameters()))))
+    torch.testing.assert_close(*results)
