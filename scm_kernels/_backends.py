@@ -21,9 +21,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
+from types import ModuleType, NoneType
 
-from scm_kernels import _cuda, _native, _plans, _triton
+from scm_kernels import _cuda, _library, _native, _plans, _triton
 
 AUTO = "auto"
 NAMES = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks
@@ -37,6 +37,7 @@ ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")
 _planned = _plans.Plans()
+_HASHED = frozenset({bool, int, float, str, NoneType})
 
 
 def backends() -> dict[str, str]:
@@ -81,6 +82,21 @@ def requested() -> str:
 def setting(request: str) -> str:
     """The backend that is asked for: by `request`, else by the environment; "" by neither."""
     return request or os.environ.get(ENVIRONMENT, "")
+
+
+def kind_of_call(tensors: tuple, options: tuple) -> tuple | None:
+    """The kind of a call of a public function: what it was given, and which backend is asked for.
+
+    None where the call is not `plain`, or where an option is none of Python's own values. Their
+    types are part of a kind, as 1 equals True and 1.0.
+    """
+    if not _library.plain(tensors):
+        return None
+    types = (*map(type, options),)
+    if not _HASHED.issuperset(types):
+        return None
+    request = requested()
+    return (*options, *types, request, setting(request), *_plans.kind(tensors))
 
 
 def run(

@@ -10,6 +10,7 @@ import scm_kernels
 from scm_kernels import _backends, _plans, _triton
 from scm_kernels.attention import op, reference
 from scm_kernels.attention.op import attention_jvp
+from scm_kernels.tangent import op as tangent_op
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +87,14 @@ def test_a_known_kind_is_checked_as_any_other():
         attention_jvp(x[0], x[1].double(), *x[2:])
 
 
-def test_a_known_kind_still_asks_which_backend(monkeypatch):
-    x = [y.requires_grad_() for y in tensors()]
+@pytest.mark.parametrize("of", [op, tangent_op], ids=["attention", "tangent"])
+def test_a_known_kind_still_asks_which_backend(of, monkeypatch):
+    x, f = [y.requires_grad_() for y in tensors()], torch.randn(4, 2, 64).unbind()
+    t = torch.rand(2)
+    call = {
+        op: lambda: attention_jvp(*x),
+        tangent_op: lambda: scm_kernels.normalized_tangent(*f, t),
+    }[of]
     calls, choose = [], _backends.choose
 
     def spy(*args):
@@ -96,13 +103,14 @@ def test_a_known_kind_still_asks_which_backend(monkeypatch):
 
     monkeypatch.setattr(_backends, "choose", spy)
     for _ in range(2):
-        attention_jvp(*x)
+        call()
         with scm_kernels.backend("reference"):
-            attention_jvp(*x)
+            call()
     assert calls == ["", "reference"]
+    assert len(of._calls) == 2
     monkeypatch.setenv("SCM_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="SCM_KERNELS_BACKEND: got 'nonsense'"):
-        attention_jvp(*x)
+        call()
 
 
 def test_a_known_kind_sees_whether_a_gradient_is_wanted():

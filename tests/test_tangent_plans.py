@@ -6,7 +6,6 @@ import torch.autograd.forward_ad as forward_ad
 
 import scm_kernels
 from scm_kernels import _backends, consistency_loss, normalized_tangent
-from scm_kernels.tangent import op
 
 
 @pytest.fixture(autouse=True)
@@ -148,23 +147,3 @@ def test_a_known_kind_under_autocast():
             wide = function(x)
         right = truth(function, x)
         torch.testing.assert_close(wide.double(), right, rtol=2e-2, atol=2e-2)
-
-
-def test_a_known_kind_still_asks_which_backend(monkeypatch):
-    x = draw()
-    calls, choose = [], _backends.choose
-
-    def spy(*args):
-        calls.append(args[-1])
-        return choose(*args)
-
-    monkeypatch.setattr(_backends, "choose", spy)
-    for _ in range(2):
-        tangent(x)
-        with scm_kernels.backend("reference"):
-            tangent(x)
-    assert calls == ["", "reference"]
-    assert len(op._calls) == 2
-    monkeypatch.setenv("SCM_KERNELS_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="SCM_KERNELS_BACKEND: got 'nonsense'"):
-        tangent(x)

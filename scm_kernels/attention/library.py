@@ -20,6 +20,7 @@ _INSTEAD = (
     "forward-mode AD; "
     "a jvp of a jvp is not supported."
 )
+_PRIMALS = (0, 1, 2, 6)  # q, k, v and mask among the inputs
 _VECTORISED = (
     "scm_kernels: a gradient of attention inside of a vectorised jacobian in forward mode "
     '(torch.autograd.functional.hessian with outer_jacobian_strategy="forward-mode") is not '
@@ -150,7 +151,7 @@ class _Attention(_library.Function):
         if tdt_out is not None:
             raise NotImplementedError(_INSTEAD)
         gradients = _gradients(saved, ctx.options, dout, dt_out, wanted)
-        primals = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
+        primals = [want and i in _PRIMALS for i, want in enumerate(wanted)]
         tangents = _gradients(saved, ctx.options, tdout, dout, primals)
         duals = (
             x if t is None else forward_ad.make_dual(x, t)
@@ -168,7 +169,7 @@ def _gradients(saved, options, dout, dt_out, wanted) -> list[Tensor | None]:
     if dt_out is None:  # the gradient through out does not see the tangents
         q, k, v, _, _, _, mask, _ = tensors
         tensors, t_out, mu = [q, k, v, None, None, None, mask, None], None, None
-        wanted = [want and i in (0, 1, 2, 6) for i, want in enumerate(wanted)]
+        wanted = [want and i in _PRIMALS for i, want in enumerate(wanted)]
     gradients = iter(
         attention_jvp_backward(
             dout, dt_out, *tensors, out, t_out, lse, mu, low, causal, scale, list(wanted), backend
@@ -192,7 +193,7 @@ def _vmap_forward(info, in_dims, *args):
     folded = _fold_all(tensors, in_dims, size, batch)
     outputs = torch.ops.scm_kernels.attention_jvp(*folded, causal, scale, tangent_grad, backend)
     outputs = [x.unflatten(0, (size, batch)) for x in outputs]
-    if any(in_dims[i] is not None for i in (0, 1, 2, 6)):
+    if any(in_dims[i] is not None for i in _PRIMALS):
         return tuple(outputs), (0,) * 5
     # A batch of tangents alone, as of a Jacobian in forward mode: a dual tensor's primal has none.
     out, t_out, lse, mu, low = outputs

@@ -2,13 +2,12 @@
 
 import math
 from contextlib import contextmanager, nullcontext
-from types import NoneType
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from scm_kernels import _backends, _checkpoint, _checks, _library, _plans
+from scm_kernels import _backends, _checkpoint, _checks, _plans
 from scm_kernels._duals import (
     Dual,
     DualMode,
@@ -208,14 +207,10 @@ def _dual_level():
 
 def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Tensor, ...]:
     """Check, bring to four dimensions, call the op, and undo; or go where such a call went."""
-    kind = None
-    if _distinct(is_causal, scale, enable_gqa) and _library.plain(tensors):
-        request = _backends.requested()
-        setting = request, _backends.setting(request)
-        kind = (is_causal, scale, enable_gqa, tangent_grad, setting, *_plans.kind(tensors))
-        call = _calls[kind]
-        if call is not None:
-            return call(tensors)
+    kind = _backends.kind_of_call(tensors, (is_causal, scale, enable_gqa, tangent_grad))
+    call = None if kind is None else _calls[kind]
+    if call is not None:
+        return call(tensors)
     _check(tensors, is_causal, scale, enable_gqa)
     lead, rank = _lead(tensors), tensors[0].ndim
     q, k, v, tq, tk, tv = _four_dimensions(tensors[:6], lead, enable_gqa)
@@ -236,11 +231,6 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     if len(lead) != 1:
         return tuple(x.reshape(*lead, *x.shape[1:]) for x in outputs)
     return outputs
-
-
-def _distinct(is_causal, scale, enable_gqa) -> bool:
-    """Whether the options are none that equal others, such as 1 and True, and have a hash."""
-    return type(is_causal) is type(enable_gqa) is bool and type(scale) in (float, int, NoneType)
 
 
 def _check(tensors, is_causal, scale, enable_gqa) -> None:

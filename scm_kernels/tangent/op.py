@@ -7,13 +7,12 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import NoneType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from scm_kernels import _backends, _checks, _library, _plans
+from scm_kernels import _backends, _checks, _plans
 from scm_kernels.tangent import library
 from scm_kernels.tangent.presets import PRESETS
 
@@ -220,17 +219,10 @@ def _kind(tensors: tuple, options: tuple) -> tuple | None:
     """What a call has in common with those that may go where it went; None where it is to be looked
     at from the start. A number for all samples is no part of it: r is another at each step.
     """
-    if (
-        not _library.plain(tensors)
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-    ):
+    kind = _backends.kind_of_call(tensors, options)
+    if kind is None or forward_ad._current_level >= 0 or torch._C._is_any_autocast_enabled():
         return None
-    for x in options:
-        if type(x) not in (str, float, int, NoneType):  # no hash, or it equals another, as True 1
-            return None
-    request = _backends.requested()
-    return (*options, request, _backends.setting(request), *_plans.kind(tensors))
+    return kind
 
 
 def _rate(warmup: object) -> float:
