@@ -40,7 +40,7 @@ def unpack(x: object) -> tuple[object, Tensor | None]:
     """(primal, tangent) of what may be dual; a tangent that is zero by construction is None."""
     if type(x) is Dual:
         return x
-    if x is None or not isinstance(x, Tensor) or forward_ad._current_level < 0:
+    if x is None or not isinstance(x, Tensor) or not level_is_open():
         return x, None  # None, or what the checks will refuse
     if torch.compiler.is_compiling():
         return forward_ad.unpack_dual(x)
@@ -119,6 +119,15 @@ def current_level() -> int:
 # What torch.compiler.assume_constant_result does, without importing Dynamo, which makes an object
 # of the None of an empty stack.
 current_level._dynamo_marked_constant = True
+
+
+def level_is_open() -> bool:
+    """Whether a jvp or a `forward_ad.dual_level` is about."""
+    return forward_ad._current_level >= 0
+
+
+# A plain look at the level before a jvp would be what Dynamo of PyTorch 2.14 still sees inside.
+level_is_open._dynamo_marked_constant = True
 
 
 def jvp_at_work() -> CInterpreter | None:

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from attention_cases import Case
 from attention_cases import draw as draw_case
 from stock_attention import EXACT, B, D, E, H, M, N, draw, same, stock_jvp
@@ -319,3 +320,25 @@ def test_compiled_autograd():
     with torch._dynamo.compiled_autograd._enable(compiler):
         loss.backward()
     torch.testing.assert_close(tuple(x.grad for x in inputs), truth)
+
+
+@pytest.mark.parametrize("before", ["attention", "loss", "fused"])
+def test_ops_before_a_jvp(before):
+    """Dynamo keeps what it has seen of the level of a jvp before there is one."""
+    x, t_x = torch.randn(2, 3, 2, 4, 8, dtype=torch.float64)
+    rows = x.reshape(4, 6, 8).unbind()
+
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x.sin())
+
+    def function(x, t_x):
+        if before == "fused":
+            with scm_kernels.fused():
+                return attend(x), *torch.func.jvp(attend, (x,), (t_x,))
+        if before == "loss":
+            first = scm_kernels.consistency_loss(*rows, rows[0][:, 0].abs())
+        else:
+            first = scm_kernels.scaled_dot_product_attention(x, x, x)
+        return first, *scm_kernels.jvp(attend, (x,), (t_x,))
+
+    torch.testing.assert_close(compiled(function)(x, t_x), function(x, t_x))

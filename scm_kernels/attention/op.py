@@ -14,6 +14,7 @@ from scm_kernels._duals import (
     current_level,
     is_batched_here,
     is_dual_outside,
+    level_is_open,
     make_dual,
     refuse_batched,
     unpack_here,
@@ -95,7 +96,7 @@ def dual_attention(
     """The same; with `tangent_grad` False nothing is saved for a gradient through the tangent."""
     inputs = (query, key, value, attn_mask)
     # Every input is looked at: the first dual one must not hide a batched one.
-    pairs = [unpack_here(x) for x in inputs] if forward_ad._current_level >= 0 else []
+    pairs = [unpack_here(x) for x in inputs] if level_is_open() else []
     if all(tangent is None for _, tangent in pairs):
         try:
             return stock_attention(inputs, dropout_p, is_causal, scale, enable_gqa)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from scm_kernels import _backends, _checks, _plans
+from scm_kernels._duals import level_is_open
 from scm_kernels.tangent import library
 from scm_kernels.tangent.presets import PRESETS
 
@@ -189,7 +189,7 @@ def consistency_loss(
 def _losses(inputs: tuple[Tensor, ...], options: "_Options", w: Tensor | None) -> Tensor:
     """The loss of each sample."""
     times = options.t, options.warmup
-    if forward_ad._current_level < 0:
+    if not level_is_open():
         arguments = *inputs, *times, w, *options.numbers, options.backend
         return library.tangent_loss(*arguments)[0]
     # Where w may have a tangent: all that it takes part in by PyTorch.
@@ -220,7 +220,7 @@ def _kind(tensors: tuple, options: tuple) -> tuple | None:
     at from the start. A number for all samples is no part of it: r is another at each step.
     """
     kind = _backends.kind_of_call(tensors, options)
-    if kind is None or forward_ad._current_level >= 0 or torch._C._is_any_autocast_enabled():
+    if kind is None or level_is_open() or torch._C._is_any_autocast_enabled():
         return None
     return kind
 

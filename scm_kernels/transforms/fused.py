@@ -1,7 +1,6 @@
 """The mode that takes functions of PyTorch on dual tensors to this package's paths."""
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -16,6 +15,7 @@ from scm_kernels._duals import (
     has_tangent,
     is_batched_here,
     jvp_at_work,
+    level_is_open,
     make_dual,
     outside,
     refuse_batched,
@@ -72,7 +72,7 @@ class Fused(DualMode):
     @never_compiled_alone
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if forward_ad._current_level < 0 or func in _DUAL_FUNCTIONS:
+        if not level_is_open() or func in _DUAL_FUNCTIONS:
             return func(*args, **kwargs)
         if func is checkpoint:
             return self._checkpoint(*args, **kwargs)

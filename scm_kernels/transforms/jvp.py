@@ -4,13 +4,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from scm_kernels import _checks
 from scm_kernels._checkpoint import inside_of_a_jvp
-from scm_kernels._duals import current_level
+from scm_kernels._duals import current_level, level_is_open
 from scm_kernels.transforms.fused import Fused
 
 
@@ -62,7 +61,7 @@ def jvp(
     _checks.flag("has_aux", has_aux)
     _checks.flag("tangent_grad", tangent_grad)
     _check(primals, tangents)
-    if not tangent_grad and _inside_a_jvp():
+    if not tangent_grad and level_is_open():
         raise NotImplementedError(
             "tangent_grad: got False in a jvp inside a jvp, expected True: the derivative of t_out "
             "would be lost. (Attention has no second derivative in forward mode; linear layers and "
@@ -84,15 +83,6 @@ def jvp(
     with nullcontext() if torch.compiler.is_compiling() else inside_of_a_jvp():
         out, t_out, *aux = torch.func.jvp(seen_through, primals, tangents, has_aux=has_aux)
     return (out, t_out if tangent_grad else _detached(t_out), *aux)
-
-
-def _inside_a_jvp() -> bool:
-    return forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result does, without importing Dynamo. A plain look at the
-# level before the jvp would be what Dynamo of PyTorch 2.14 still sees inside of it.
-_inside_a_jvp._dynamo_marked_constant = True
 
 
 def _owned(x: Tensor) -> Tensor:
