@@ -52,21 +52,24 @@ class Backward {
       return wanted ? arena.floats(floats) : nullptr;
     };
     columns_ = round_up(least(kRows, p.m), kLanes);
-    const int64_t keys = round_up(least(kKeys, p.n), 2), tile = keys * columns_;
+    pitch_ = pitch_of(columns_);
+    const int64_t keys = round_up(least(kKeys, p.n), 2), tile = keys * pitch_;
     const bool both = bool(p.dt_out), pairs = Element::kPerElement == 2;
-    q_ = take(true, p.d * columns_), tq_ = take(bool(p.tq), p.d * columns_);
-    do_ = take(bool(p.dout), p.e * columns_), dto_ = take(both, p.e * columns_);
-    q_rows_ = take(true, columns_ * plan.d), tq_rows_ = take(bool(p.tq), columns_ * plan.d);
-    do_rows_ = take(bool(p.dout), columns_ * plan.e), dto_rows_ = take(both, columns_ * plan.e);
-    k_ = take(true, keys * plan.d), tk_ = take(bool(p.tk), keys * plan.d);
-    v_ = take(true, keys * plan.e), tv_ = take(bool(p.tv), keys * plan.e);
+    q_ = take(true, p.d * pitch_), tq_ = take(bool(p.tq), p.d * pitch_);
+    do_ = take(bool(p.dout), p.e * pitch_), dto_ = take(both, p.e * pitch_);
+    q_rows_ = take(true, columns_ * pitch_of(p.d));
+    tq_rows_ = take(bool(p.tq), columns_ * pitch_of(p.d));
+    do_rows_ = take(bool(p.dout), columns_ * pitch_of(p.e));
+    dto_rows_ = take(both, columns_ * pitch_of(p.e));
+    k_ = take(true, keys * pitch_of(p.d)), tk_ = take(bool(p.tk), keys * pitch_of(p.d));
+    v_ = take(true, keys * pitch_of(p.e)), tv_ = take(bool(p.tv), keys * pitch_of(p.e));
     s_ = take(true, tile), t_ = take(both, tile), b_ = take(both, tile), a_ = take(true, tile);
     p_tile_ = {pairs ? take(true, tile / 2) : s_, nullptr};
     tp_ = {pairs ? take(both, tile / 2) : t_, nullptr};
     gt_ = {pairs ? take(both, tile / 2) : b_, pairs ? take(both, tile / 2) : b_};
     gs_ = {pairs ? take(true, tile / 2) : a_, pairs ? take(true, tile / 2) : a_};
     bias_ = take(p.mask || p.causal, tile), t_bias_ = take(bool(p.tmask), tile);
-    dq_ = take(bool(p.dq), p.d * columns_), dtq_ = take(bool(p.dtq), p.d * columns_);
+    dq_ = take(bool(p.dq), p.d * pitch_), dtq_ = take(bool(p.dtq), p.d * pitch_);
     lse_ = take(true, columns_), low_ = take(true, columns_), mu_ = take(true, columns_);
     beta_ = take(true, columns_), delta_ = take(true, columns_);
     end_ = arena.next;
@@ -106,11 +109,11 @@ class Backward {
     columns_ = round_up(rows, kLanes);
     load_rows(b, h, row, rows);
     statistics(b, h, row, rows);
-    if (dq_) std::memset(dq_, 0, 4 * p_.d * columns_);
-    if (dtq_) std::memset(dtq_, 0, 4 * p_.d * columns_);
+    if (dq_) std::memset(dq_, 0, 4 * p_.d * pitch_);
+    if (dtq_) std::memset(dtq_, 0, 4 * p_.d * pitch_);
     const int64_t last = p_.causal ? least(p_.n, row + rows) : p_.n;
     for (int64_t key = 0; key < last; key += kKeys) {
-      const Tile tile{row, rows, key, least(kKeys, last - key), columns_};
+      const Tile tile{row, rows, key, least(kKeys, last - key), columns_, pitch_};
       const Cover cover = mask_tile(inputs_.mask, p_.causal, tile, bias_);
       if (cover == Cover::kAll) continue;
       products(tile);
@@ -126,7 +129,7 @@ class Backward {
   void store_scaled(const Matrix& to, int64_t row, int64_t rows, const float* x) const {
     if (!to) return;
     store_transposed(to, row, rows, p_.d, [this, x](int64_t d, int64_t column) {
-      return load<VecF>(x + d * columns_ + column) * p_.scale;
+      return load<VecF>(x + d * pitch_ + column) * p_.scale;
     });
   }
 
@@ -135,7 +138,7 @@ class Backward {
     const auto take = [&](const Tensor& x, int64_t width, float* transposed, float* as_rows) {
       if (transposed == nullptr) return;
       const Matrix from = matrix(x, b, h);
-      transpose_rows<Element>(from, row, rows, width, transposed, columns_);
+      transpose_rows<Element>(from, row, rows, width, transposed, columns_, pitch_);
       if constexpr (Element::kPerElement == 1) {
         copy_rows<Element>(from, row, rows, width, as_rows);
       } else {
@@ -178,25 +181,25 @@ class Backward {
 
   // S and T, not scaled, to s_ and t_; B and A to b_ and a_.
   void products(const Tile& tile) {
-    const int64_t vectors = columns_ / kLanes, size = 4 * tile.keys * columns_;
+    const int64_t vectors = columns_ / kLanes, size = 4 * tile.keys * pitch_;
     const int64_t d = elements<Element>(p_.d), e = elements<Element>(p_.e);
     const Left k = rows_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
     const Left tk = rows_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
-    const Right q{bytes(q_), dto_ && tq_ ? bytes(tq_) : nullptr, 4 * columns_};
-    const Sum scores{s_, t_, columns_, true, nullptr};
+    const Right q{bytes(q_), dto_ && tq_ ? bytes(tq_) : nullptr, 4 * pitch_};
+    const Sum scores{s_, t_, pitch_, true, nullptr};
     dual_product<Element>(tile.keys, vectors, d, k, tk, q, scores);
     if (t_ && !p_.tq && !p_.tk) std::memset(t_, 0, size);
 
     const Left v = rows_as_elements<Element>(inputs_.v, tile.key, tile.keys, p_.e, v_);
     const Left tv = rows_as_elements<Element>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
     if (dto_) {
-      const Right cotangents{bytes(dto_), do_ ? bytes(do_) : nullptr, 4 * columns_};
-      const Sum sums{b_, a_, columns_, true, nullptr};
+      const Right cotangents{bytes(dto_), do_ ? bytes(do_) : nullptr, 4 * pitch_};
+      const Sum sums{b_, a_, pitch_, true, nullptr};
       dual_product<Element>(tile.keys, vectors, e, v, tv, cotangents, sums);
       if (!do_ && !p_.tv) std::memset(a_, 0, size);
     } else {
-      const Right cotangent{bytes(do_), nullptr, 4 * columns_};
-      const Sum sum{a_, a_, columns_, true, nullptr};
+      const Right cotangent{bytes(do_), nullptr, 4 * pitch_};
+      const Sum sum{a_, a_, pitch_, true, nullptr};
       dual_product<Element>(tile.keys, vectors, e, v, Left{}, cotangent, sum);
     }
   }
@@ -227,7 +230,7 @@ class Backward {
       SCM_UNROLL
       for (int i = 0; i < Element::kPerElement; ++i) {
         if (key + i >= keys) break;
-        const int64_t at = (key + i) * columns_ + column;
+        const int64_t at = (key + i) * pitch_ + column;
         VecF x = rounded(load<VecF>(s_ + at) * p_.scale);
         if constexpr (kMasked) {
           const VecF bias = load<VecF>(bias_ + at);
@@ -251,27 +254,26 @@ class Backward {
         gs[i] = p[i] * gradient;
         if (p_.dmask) store(a_ + at, gs[i]);
       }
-      put(p, key, column, p_tile_, columns_);
-      put(gs, key, column, gs_, columns_);
+      put(p, key, column, p_tile_, pitch_);
+      put(gs, key, column, gs_, pitch_);
       if constexpr (kBoth) {
-        put(tp, key, column, tp_, columns_);
-        put(gt, key, column, gt_, columns_);
+        put(tp, key, column, tp_, pitch_);
+        put(gt, key, column, gt_, pitch_);
       }
     }
   }
 
   // x of one key, or of two as bfloat16.
   SCM_INLINE void put(const VecF (&x)[2], int64_t key, int64_t column, const TileOfElements& to,
-                      int64_t columns) {
+                      int64_t pitch) {
     if constexpr (Element::kPerElement == 1) {
-      store(to.rows + key * columns + column, x[0]);
+      store(to.rows + key * pitch + column, x[0]);
     } else {
       const auto halves = Element::round(x[0], x[1]);
-      char* at = reinterpret_cast<char*>(to.rows) + 2 * (key * columns + column);
+      char* at = reinterpret_cast<char*>(to.rows) + 2 * (key * pitch + column);
       std::memcpy(at, &halves, 2 * kLanes);
-      std::memcpy(at + 2 * columns, reinterpret_cast<const char*>(&halves) + 2 * kLanes,
-                  2 * kLanes);
-      if (to.pairs) store(to.pairs + key / 2 * columns + column, Element::pairs(halves));
+      std::memcpy(at + 2 * pitch, reinterpret_cast<const char*>(&halves) + 2 * kLanes, 2 * kLanes);
+      if (to.pairs) store(to.pairs + key / 2 * pitch + column, Element::pairs(halves));
     }
   }
 
@@ -280,22 +282,24 @@ class Backward {
     const int64_t d = plan_.d, e = plan_.e, vectors = columns_ / kLanes;
     const int64_t keys = elements<Element>(tile.keys), rows = elements<Element>(tile.rows);
     const auto left = [&](const TileOfElements& x) {
-      return x.rows ? Left{bytes(x.rows), 4 * columns_ / Element::kPerElement, 4} : Left{};
+      return x.rows ? Left{bytes(x.rows), 4 * pitch_ / Element::kPerElement, 4} : Left{};
     };
-    const auto right = [&](const float* b1, const float* b2, int64_t width) {
-      return Right{b1 ? bytes(b1) : nullptr, b2 ? bytes(b2) : nullptr, 4 * width};
+    const auto right = [&](const float* b1, const float* b2, int64_t pitch) {
+      return Right{b1 ? bytes(b1) : nullptr, b2 ? bytes(b2) : nullptr, 4 * pitch};
     };
     const auto sum = [&](float* x, int64_t width) { return x ? x + tile.key * width : nullptr; };
     if (dq_ || dtq_) {
       const Left k = columns_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
       const Left tk = columns_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
-      add_product<Element>(p_.d, vectors, keys, k, tk, right(gt_.pairs, gs_.pairs, columns_), dtq_,
-                           dq_, columns_);
+      add_product<Element>(p_.d, vectors, keys, k, tk, right(gt_.pairs, gs_.pairs, pitch_), dtq_,
+                           dq_, pitch_);
     }
     add_product<Element>(tile.keys, d / kLanes, rows, left(gt_), left(gs_),
-                         right(q_rows_, tq_rows_, d), sum(sums_.dtk, d), sum(sums_.dk, d), d);
+                         right(q_rows_, tq_rows_, pitch_of(p_.d)), sum(sums_.dtk, d),
+                         sum(sums_.dk, d), d);
     add_product<Element>(tile.keys, e / kLanes, rows, left(p_tile_), left(tp_),
-                         right(dto_rows_, do_rows_, e), sum(sums_.dtv, e), sum(sums_.dv, e), e);
+                         right(dto_rows_, do_rows_, pitch_of(p_.e)), sum(sums_.dtv, e),
+                         sum(sums_.dv, e), e);
   }
 
   // x [keys, columns] to a gradient of a mask.
@@ -304,7 +308,7 @@ class Backward {
     for (int64_t i = 0; i < tile.rows; ++i) {
       char* row = to.at(tile.row + i) + tile.key * to.column;
       for (int64_t key = 0; key < tile.keys; ++key) {
-        *reinterpret_cast<float*>(row + key * to.column) += x[key * columns_ + i];
+        *reinterpret_cast<float*>(row + key * to.column) += x[key * pitch_ + i];
       }
     }
   }
@@ -313,7 +317,7 @@ class Backward {
   const Plan& plan_;
   Inputs inputs_;
   KeySums sums_;
-  int64_t columns_;
+  int64_t columns_, pitch_;
   float *q_, *tq_, *do_, *dto_;                      // [d or e, columns]
   float *q_rows_, *tq_rows_, *do_rows_, *dto_rows_;  // [columns, d or e]
   float *k_, *tk_, *v_, *tv_;                        // [keys, d or e], converted

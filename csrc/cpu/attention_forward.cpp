@@ -16,10 +16,11 @@ namespace scm {
 namespace SCM_ISA {
 namespace {
 
-// Tiles of 64 to 128 rows and 96 to 192 keys differ by little more than the noise, 48 keys lose 3%:
-// these keep scores, accumulators and queries of D = 128 in 192 KiB.
+// Scores and their tangents take 40 KiB: two of their columns and a tile of V of D = 64 fit into a
+// first-level cache. With AVX2 32 to 96 keys are equal; 128 keys lose 3%, 128 rows 7%, 32 rows 2%,
+// in bfloat16 15%.
 constexpr int64_t kRows = 64;
-constexpr int64_t kKeys = 128;
+constexpr int64_t kKeys = 64;
 
 // One state a row; `total` and `moment` are l and mu.
 struct Softmax {
@@ -34,21 +35,22 @@ class Forward {
  public:
   Forward(const AttentionForward& p, Arena arena) : p_(p) {
     columns_ = round_up(least(kRows, p.m), kLanes);
+    pitch_ = pitch_of(columns_);
     tangent_scores_ = p.tq || p.tk || p.tmask;
     tangent_ = tangent_scores_ || p.tv;
     const int64_t d = elements<Element>(p.d), keys = least(kKeys, p.n);
-    q_ = arena.floats(d * columns_);
-    tq_ = arena.floats(p.tq ? d * columns_ : 0);
-    k_ = arena.floats(keys * round_up(p.d, kLanes));
-    tk_ = arena.floats(p.tk ? keys * round_up(p.d, kLanes) : 0);
-    v_ = arena.floats(keys * round_up(p.e, kLanes));
-    tv_ = arena.floats(p.tv ? keys * round_up(p.e, kLanes) : 0);
-    s_ = arena.floats(keys * columns_);
-    t_ = arena.floats(tangent_scores_ ? keys * columns_ : 0);
-    bias_ = arena.floats(p.mask || p.causal ? keys * columns_ : 0);
-    t_bias_ = arena.floats(p.tmask ? keys * columns_ : 0);
-    out_ = arena.floats(p.e * columns_);
-    t_out_ = arena.floats(tangent_ ? p.e * columns_ : 0);
+    q_ = arena.floats(d * pitch_);
+    tq_ = arena.floats(p.tq ? d * pitch_ : 0);
+    k_ = arena.floats(keys * pitch_of(p.d));
+    tk_ = arena.floats(p.tk ? keys * pitch_of(p.d) : 0);
+    v_ = arena.floats(keys * pitch_of(p.e));
+    tv_ = arena.floats(p.tv ? keys * pitch_of(p.e) : 0);
+    s_ = arena.floats(keys * pitch_);
+    t_ = arena.floats(tangent_scores_ ? keys * pitch_ : 0);
+    bias_ = arena.floats(p.mask || p.causal ? keys * pitch_ : 0);
+    t_bias_ = arena.floats(p.tmask ? keys * pitch_ : 0);
+    out_ = arena.floats(p.e * pitch_);
+    t_out_ = arena.floats(tangent_ ? p.e * pitch_ : 0);
     end_ = arena.next;
   }
 
@@ -62,12 +64,14 @@ class Forward {
     columns_ = round_up(rows, kLanes);
     inputs_ = {matrix(p_.k, b, hk),  matrix(p_.v, b, hk),   matrix(p_.tk, b, hk),
                matrix(p_.tv, b, hk), matrix(p_.mask, b, h), matrix(p_.tmask, b, h)};
-    transpose_rows<Element>(matrix(p_.q, b, h), row, rows, p_.d, q_, columns_);
-    if (p_.tq) transpose_rows<Element>(matrix(p_.tq, b, h), row, rows, p_.d, tq_, columns_);
+    transpose_rows<Element>(matrix(p_.q, b, h), row, rows, p_.d, q_, columns_, pitch_);
+    if (p_.tq) {
+      transpose_rows<Element>(matrix(p_.tq, b, h), row, rows, p_.d, tq_, columns_, pitch_);
+    }
     start();
     const int64_t last = p_.causal ? least(p_.n, row + rows) : p_.n;
     for (int64_t key = 0; key < last; key += kKeys) {
-      const Tile tile{row, rows, key, least(kKeys, last - key), columns_};
+      const Tile tile{row, rows, key, least(kKeys, last - key), columns_, pitch_};
       const Cover cover = mask_tile(inputs_.mask, p_.causal, tile, bias_);
       if (cover == Cover::kAll) continue;
       scores(tile);
@@ -96,11 +100,11 @@ class Forward {
   void scores(const Tile& tile) {
     const Left k = rows_as_elements<Element>(inputs_.k, tile.key, tile.keys, p_.d, k_);
     const Left tk = rows_as_elements<Element>(inputs_.tk, tile.key, tile.keys, p_.d, tk_);
-    const Right right{bytes(q_), p_.tq ? bytes(tq_) : nullptr, 4 * columns_};
-    const Sum sum{s_, t_, columns_, true, nullptr};
+    const Right right{bytes(q_), p_.tq ? bytes(tq_) : nullptr, 4 * pitch_};
+    const Sum sum{s_, t_, pitch_, true, nullptr};
     dual_product<Element>(tile.keys, columns_ / kLanes, elements<Element>(p_.d), k, tk, right, sum);
     if (tangent_scores_ && !p_.tq && !p_.tk) {
-      std::memset(t_, 0, 4 * tile.keys * columns_);
+      std::memset(t_, 0, 4 * tile.keys * pitch_);
     }
   }
 
@@ -127,7 +131,7 @@ class Forward {
     const float scale = p_.scale;
     float* s = s_ + column;
     float* t = t_ + column;
-    const int64_t row = columns_;
+    const int64_t row = pitch_;
     VecF peak = load<VecF>(state_.peak + column);
     const VecF old_peak = peak;
     for (int64_t key = 0; key < keys; ++key) {
@@ -203,7 +207,7 @@ class Forward {
   void fix_shift(int64_t keys, int64_t column) {
     VecF sum{}, count{};
     for (int64_t key = 0; key < keys; ++key) {
-      const int64_t at = column + key * columns_;
+      const int64_t at = column + key * pitch_;
       VecF y = load<VecF>(t_ + at) * p_.scale, one = broadcast(1.0f);
       if constexpr (kMasked) {
         if (p_.tmask) y += load<VecF>(t_bias_ + at);
@@ -223,8 +227,8 @@ class Forward {
   void accumulate(const Tile& tile) {
     const Left v = columns_as_elements<Element>(inputs_.v, tile.key, tile.keys, p_.e, v_);
     const Left tv = columns_as_elements<Element>(inputs_.tv, tile.key, tile.keys, p_.e, tv_);
-    const Right right{bytes(s_), tangent_scores_ ? bytes(t_) : nullptr, 4 * columns_};
-    const Sum sum{out_, t_out_, columns_, empty_, state_.rescale};
+    const Right right{bytes(s_), tangent_scores_ ? bytes(t_) : nullptr, 4 * pitch_};
+    const Sum sum{out_, t_out_, pitch_, empty_, state_.rescale};
     dual_product<Element>(p_.e, columns_ / kLanes, elements<Element>(tile.keys), v, tv, right, sum);
     empty_ = false;
   }
@@ -250,11 +254,11 @@ class Forward {
     }
     const auto out = [&](int64_t e, int64_t column) {
       if (empty_) return VecF{};
-      return load<VecF>(out_ + e * columns_ + column) * load<VecF>(inverse + column);
+      return load<VecF>(out_ + e * pitch_ + column) * load<VecF>(inverse + column);
     };
     const auto t_out = [&](int64_t e, int64_t column) {
       if (empty_ || !tangent_) return VecF{};
-      return load<VecF>(t_out_ + e * columns_ + column) * load<VecF>(inverse + column) -
+      return load<VecF>(t_out_ + e * pitch_ + column) * load<VecF>(inverse + column) -
              load<VecF>(mean + column) * out(e, column);
     };
     store_transposed(matrix(p_.out, b, h), row, rows, p_.e, out);
@@ -263,7 +267,7 @@ class Forward {
 
   const AttentionForward& p_;
   Inputs inputs_;
-  int64_t columns_;
+  int64_t columns_, pitch_;
   bool tangent_scores_, tangent_, empty_;
   float *q_, *tq_, *k_, *tk_, *v_, *tv_, *s_, *t_, *bias_, *t_bias_, *out_, *t_out_;
   char* end_;

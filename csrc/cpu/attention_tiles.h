@@ -9,6 +9,11 @@ namespace SCM_ISA {
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// Floats from a row of `columns` to the next in scratch memory: an odd number of cache lines, so
+// that a column of a tile is spread over all sets of a cache. At 256 bytes it would share a
+// quarter.
+constexpr int64_t pitch_of(int64_t columns) { return round_up(columns, 16) | 16; }
+
 SCM_INLINE const char* bytes(const float* x) { return reinterpret_cast<const char*>(x); }
 
 // Elements of four bytes that `width` features make: pairs of bfloat16, or floats.
@@ -64,7 +69,7 @@ SCM_INLINE VecF load_elements(const char* row, Type type, int64_t from, int64_t 
 // to [elements(width), columns] = x [rows, width] transposed; zeros in columns past the rows.
 template <class Element>
 static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t width, float* to,
-                           int64_t columns) {
+                           int64_t columns, int64_t pitch) {
   const int64_t height = elements<Element>(width);
   for (int64_t i = 0; i < columns; i += kLanes) {
     for (int64_t j = 0; j < height; j += kLanes) {
@@ -83,18 +88,18 @@ static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t
       }
       transpose(block);
       const int64_t count = least<int64_t>(kLanes, height - j);
-      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * columns + i, block[r]);
+      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * pitch + i, block[r]);
     }
   }
 }
 
-// to [rows, round_up(elements(width), kLanes)] = rows of x, converted to elements.
+// to [rows, elements(width)] = rows of x, converted to elements, zeros up to a whole vector.
 template <class Element>
 static void copy_rows(const Matrix& x, int64_t first, int64_t rows, int64_t width, float* to) {
-  const int64_t padded = round_up(elements<Element>(width), kLanes);
+  const int64_t count = elements<Element>(width), pitch = pitch_of(count);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      store(to + i * padded + j,
+    for (int64_t j = 0; j < count; j += kLanes) {
+      store(to + i * pitch + j,
             load_elements<Element>(x.at(first + i), x.type, j * Element::kPerElement, width));
     }
   }
@@ -109,7 +114,7 @@ static Left rows_as_elements(const Matrix& x, int64_t first, int64_t rows, int64
   const bool direct = Element::kPerElement == 2 ? width % 2 == 0 : x.type == Type::kFloat32;
   if (direct) return {x.at(first), x.row, 4};
   copy_rows<Element>(x, first, rows, width, scratch);
-  return {bytes(scratch), 4 * round_up(elements<Element>(width), kLanes), 4};
+  return {bytes(scratch), 4 * pitch_of(elements<Element>(width)), 4};
 }
 
 // x transposed, for a sum over its rows; bfloat16 as pairs of consecutive rows.
@@ -121,7 +126,7 @@ static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, in
     const Left left = rows_as_elements<Element>(x, first, rows, width, scratch);
     return {left.data, left.step, left.row};
   } else {
-    const int64_t padded = round_up(width, kLanes);
+    const int64_t pitch = pitch_of(width);
     for (int64_t i = 0; i < rows; i += 2) {
       const char* even = x.at(first + i);
       const char* odd = x.at(first + i + 1);
@@ -134,10 +139,10 @@ static Left columns_as_elements(const Matrix& x, int64_t first, int64_t rows, in
           std::memcpy(&upper, even + 2 * j, size);
           if (i + 1 < rows) std::memcpy(&lower, odd + 2 * j, size);
         }
-        store(scratch + i / 2 * padded + j, Element::pairs(Element::join(upper, lower)));
+        store(scratch + i / 2 * pitch + j, Element::pairs(Element::join(upper, lower)));
       }
     }
-    return {bytes(scratch), 4, 4 * padded};
+    return {bytes(scratch), 4, 4 * pitch};
   }
 }
 
@@ -196,6 +201,7 @@ static void dual_product(int64_t rows, int64_t vectors, int64_t steps, const Lef
 struct Tile {
   int64_t row, rows, key, keys;  // from row and key on
   int64_t columns;               // rows, rounded up to whole vectors
+  int64_t pitch;                 // floats from a key to the next
 };
 
 // to [keys, columns] = a tile of a mask, transposed, as what is added to the scores; `outside` past
@@ -219,7 +225,7 @@ static inline void transpose_mask(const Matrix& mask, const Tile& tile, float ou
         }
       }
       transpose(block);
-      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * tile.columns + i, block[r]);
+      for (int64_t r = 0; r < count; ++r) store(to + (j + r) * tile.pitch + i, block[r]);
     }
   }
 }
@@ -239,7 +245,7 @@ static inline Cover mask_tile(const Matrix& mask, bool causal, const Tile& tile,
   for (int64_t i = 0; i < tile.columns; i += kLanes) {
     const VecI row = lane + static_cast<int32_t>(i);
     for (int64_t key = 0; key < tile.keys; ++key) {
-      float* at = bias + key * tile.columns + i;
+      float* at = bias + key * tile.pitch + i;
       VecF x = mask ? load<VecF>(at) : VecF{};
       if (diagonal) {
         x = row >= static_cast<int32_t>(tile.key + key - tile.row) ? x : dead;
