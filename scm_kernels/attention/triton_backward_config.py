@@ -1,4 +1,5 @@
-"""Tiles of the backward kernels of attention in Triton, each with its reason.
+"""Tiles of the backward kernels of attention in Triton, each with its reason. Those of float32
+are in `triton_backward_float.py`.
 
 Speeds are modelled for an A100 (bfloat16, M = N = 4096) and count all products that a kernel makes;
 those of "hopper" are measured. What decides is registers: 255 a thread hold two sums of features
@@ -9,17 +10,14 @@ other the one with smaller blocks is here, which the model flatters less. Masks 
 one that all rows share has rows of its own where the others would spill (`padded`).
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 
 import torch
 
+from scm_kernels.attention import triton_backward_float as float32
 from scm_kernels.attention.triton_config import INTERPRETER, Row, family
 
 PADDING = 128  # scratch vectors of rows are multiples of it, and of every BLOCK_M
-
-_ROWS = (Row(256, 32, 16, 8, 1),)  # bound by memory: any tile that fits registers
 
 # Of the queries' kernel through both outputs, where registers or shared memory are short.
 _LITTLE_ROOM = (
@@ -31,8 +29,8 @@ _LITTLE_ROOM = (
 # By (kernel, through which outputs), in float16 and bfloat16. "both, dtq" is the queries' kernel
 # with a second sum.
 _HALF = {
-    ("rows", "out"): _ROWS,
-    ("rows", "both"): _ROWS,
+    ("rows", "out"): float32.ROWS,
+    ("rows", "both"): float32.ROWS,
     ("keys", "out"): (
         Row(64, 32, 128, 4, 2, padded=False),  # 32 rows a warp: 203 TFLOP/s, 64 keys give 153
         Row(80, 32, 64, 4, 3, padded=True),  # 147
@@ -293,73 +291,6 @@ _MASKED_ELSEWHERE = {
 }
 
 
-def _turned(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The tiles of queries for keys: what is summed for and what is walked along change places."""
-    return tuple(replace(row, block_m=row.block_n, block_n=row.block_m) for row in rows)
-
-
-# In float32 on ordinary cores.
-_FLOAT_OUT = (
-    Row(64, 32, 32, 4, 2, widest=16),
-    Row(128, 32, 16, 4, 2, widest=16),
-    Row(256, 16, 16, 4, 1, widest=16),
-)
-_FLOAT_BOTH = (
-    Row(128, 32, 16, 8, 1, widest=16, maxnreg=255),
-    Row(256, 16, 16, 8, 1, widest=16, maxnreg=255),  # of keys: 129 KiB of shared memory
-)
-_FLOAT = {
-    ("rows", "out"): _ROWS,
-    ("rows", "both"): _ROWS,
-    ("keys", "out"): _turned(_FLOAT_OUT),
-    ("keys", "both"): (Row(64, 16, 32, 8, 2, widest=16, maxnreg=255), *_turned(_FLOAT_BOTH)),
-    ("queries", "out"): _FLOAT_OUT,
-    ("queries", "both"): _FLOAT_BOTH,
-    ("queries", "both, dtq"): _FLOAT_BOTH,
-    ("mask", "out"): (
-        Row(128, 32, 16, 4, 1, widest=16),
-        Row(256, 16, 16, 4, 1, widest=16),
-    ),
-    ("mask", "both"): _FLOAT_BOTH,
-}
-
-
-def _float_tensor(*tall: Row) -> dict[tuple[str, str], tuple[Row, ...]]:
-    """Float32 on tensor cores (see `triton_config.py`): `tall` tiles for what is summed for rows,
-    the same turned for keys; the first, in the gradient through out, at any head dimension. They
-    wait for shared memory a fifth to a sixth of the time that ordinary cores do (counted by the
-    simulator at D = 64 and 128). They, too, have one loop."""
-    tables = {}
-    for (kernel, through), ordinary in _FLOAT.items():
-        if kernel == "rows":  # it has no products
-            continue
-        rows = [replace(tall[0], most=128)] if through == "out" else tall
-        if kernel == "mask" and through == "both":  # more features would spill
-            rows = tall[:1]
-        if kernel == "keys":
-            rows = _turned(rows)
-        tables[kernel, through] = (*rows, *(x for x in ordinary if x.most > rows[-1].most))
-    return tables
-
-
-_FLOAT_TENSOR = {
-    # Through both outputs registers spill above D = 64; still the model has 4.7 TFLOP/s at 72, and
-    # 2.9 for ordinary cores. More features would take minutes to compile.
-    "large": _float_tensor(
-        Row(64, 64, 16, 4, 2, widest=16, exact="bf16x6"),
-        Row(80, 64, 16, 4, 1, widest=16, exact="bf16x6", maxnreg=255),
-    ),
-    # Measured on an H200, 2x8x2048x2048. Through both outputs at D = 64 4.3 ms, where 16 rows in
-    # flight give 6.2 and tiles of 64 rows 6 to 19; through out 2.8 ms at D = 128, for 3.9 and 2.9
-    # to 13. Smaller tiles for wider heads fit shared memory, if not registers: keys and queries
-    # take 4.8 and 3.7 ms at D = 72, 9.3 and 6.6 at D = 128, ordinary cores 14 and 31, 45 and 84.
-    "hopper": _float_tensor(
-        Row(64, 128, 32, 8, 1, widest=64, exact="bf16x6"),
-        Row(96, 64, 32, 4, 1, widest=64, exact="bf16x6"),
-        Row(128, 64, 16, 4, 1, widest=64, exact="bf16x6"),
-    ),
-}
-
 # Of the keys' kernel through both outputs that adds up dq by atomics, without a mask: 12 products a
 # tile in place of 18. By family and the most features, where it is faster; parts of features and
 # masks would spill. K and tK are operands of two products, of tiles that lie differently: small
@@ -402,7 +333,7 @@ def backward_row(
     if gpu == "interpreter":
         return INTERPRETER
     if dtype == torch.float32:
-        tables = [{} if ieee else _FLOAT_TENSOR.get(gpu, {}), _FLOAT]
+        tables = [{} if ieee else float32.TENSOR.get(gpu, {}), float32.ORDINARY]
     elif masked:
         tables = [_MASKED_ELSEWHERE.get(gpu, {}), _MASKED, _ELSEWHERE.get(gpu, {}), _HALF]
     else:
