@@ -7,8 +7,8 @@
 // run along the queries, so that K, V and their tangents are read from where they lie, and no lane
 // is wasted on a head dimension that is not a multiple of a vector.
 //
-// Register tiles of 6 x 2 vectors (AVX-512, NEON) and 3 x 2 (16 registers): one load of b serves 6
-// rows and one of a serves 2 columns, and the 24 accumulators hide the latency of an FMA.
+// Register tiles of 6 x 2 vectors, with 16 registers 3 x 2 for two sums: one load of b serves 6
+// rows and one of a serves 2 columns, and 12 to 24 accumulators hide the latency of an FMA.
 #pragma once
 
 #include "simd.h"
@@ -164,7 +164,12 @@ static void register_tile(int64_t steps, const Left& left1, const Left& left2, c
   }
 }
 
-template <class Element, Products kProducts, int kCols, int kRows = kTileRows>
+// Rows of a register tile, two vectors wide.
+constexpr int tile_rows(Products products) {
+  return products == Products::kFirst || kRegisters > 16 ? 6 : 3;
+}
+
+template <class Element, Products kProducts, int kCols, int kRows = tile_rows(kProducts)>
 SCM_INLINE void register_tile_of(int64_t rows, int64_t steps, const Left& left1, const Left& left2,
                                  const Right& right, const Sum& sum) {
   if constexpr (kRows > 1) {
@@ -180,7 +185,8 @@ SCM_INLINE void register_tile_of(int64_t rows, int64_t steps, const Left& left1,
 template <class Element, Products kProducts>
 static void add_steps(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
                       const Left& left2, const Right& right, const Sum& sum) {
-  const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
+  constexpr int64_t kRows = tile_rows(kProducts);
+  const int64_t blocks = (rows + kRows - 1) / kRows;
   for (int64_t j = 0; j < vectors; j += 2) {
     const int64_t column = j * kLanes;
     const Right b{right.b1 + 4 * column, right.b2 + 4 * column, right.step};

@@ -24,11 +24,10 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-// Rows of a register tile of the matrix kernels, two vectors wide: by the number of registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 6;
+constexpr int kRegisters = 32;
 #else
-constexpr int kTileRows = 3;
+constexpr int kRegisters = 16;
 #endif
 
 typedef float VecF __attribute__((vector_size(4 * kLanes)));
