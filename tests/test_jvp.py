@@ -158,14 +158,25 @@ def arithmetic_calls():
         return function(a, b) - 2 * function(b, a) + 3 * function(a, a[:1].sin()) + numbers
 
     for function in arithmetic.RULES:
-        if function in (F.silu, F.gelu):
+        if function in (F.silu, F.gelu, F.mish, F.softmax, torch.softmax, torch.Tensor.softmax):
             continue
         yield function, "batch", functools.partial(forms, function)
     yield F.silu, "batch", lambda p, x: F.silu(x @ p.square) + F.silu(x.clone(), inplace=True)
+    yield F.mish, "batch", lambda p, x: F.mish(x @ p.square) + F.mish(x.clone(), inplace=True)
     yield F.gelu, "batch", lambda p, x: F.gelu(x @ p.square) + F.gelu(x, approximate="tanh")
 
 
-CALLS += arithmetic_calls()
+def softmax_calls():
+    def forms(function, p, x):
+        wide = function(x.float(), 0, dtype=torch.float64).to(x.dtype)
+        return function(x @ p.square, -1) + function(x * 2, dim=1) + wide
+
+    for function in (F.softmax, torch.softmax, torch.Tensor.softmax):
+        yield function, "batch", functools.partial(forms, function)
+    yield F.softmax, "batch", lambda p, x: F.softmax(input=x, dim=0) * F.softmax(x, -1, 3)
+
+
+CALLS += [*arithmetic_calls(), *softmax_calls()]
 
 
 def make(shape, dtype=torch.float64):

@@ -77,6 +77,21 @@ def test_a_constant_operand_costs_no_product():
     assert products(lambda: scm_kernels.jvp(lambda x: x + layer(constant), (x,), (tx,))) == 1
 
 
+def softmax(x):
+    return x.softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.mish, softmax])
+def test_the_tangent_of_an_activation_is_one_operation(activation, dtype):
+    x, tx = torch.randn(2, 3, 8).to(dtype)
+    with Ops() as ops:
+        scm_kernels.jvp(activation, (x,), (tx,))
+    primal = next(i for i, name in enumerate(ops.names) if activation.__name__ in name)
+    assert "backward" in ops.names[primal + 1]
+    assert ops.names[primal + 2] == "alias"  # of what is made dual
+
+
 def test_the_backward_through_the_output_is_that_of_a_forward():
     network, primals, tangents = dit_case(torch.float32)
     parameters = list(network.parameters())

@@ -1,4 +1,4 @@
-"""Sums, differences, products, quotients and activations on dual tensors.
+"""Sums, differences, products, quotients, activations and softmax on dual tensors.
 
 PyTorch has formulas for them. But where one operand has no tangent it takes zeros without memory
 for one, and asks Python for the shape of what comes of them: 0.2 to 0.6 ms of the host a call, on
@@ -7,8 +7,11 @@ for one, and asks Python for the shape of what comes of them: 0.2 to 0.6 ms of t
     x + y    tx + ty                 x y    tx y + x ty
     x - y    tx - ty                 x / y  (tx - (x / y) ty) / y
 
-And the tangent of an activation in half types is f'(x) tx, PyTorch's kernel of the gradient of f,
-in one rounding; its formula makes a graph of half a dozen operations. That is left to the others.
+And the tangent of an activation is f'(x) tx, PyTorch's kernel of the gradient of f. Its formula is
+half a dozen operations where f may be differentiated twice: in half types each of them rounds, and
+the jvp of a SiLU in float32 takes 3.5 times as long (measured, one core of the same). The Jacobian
+of a softmax is symmetric, so its tangent is PyTorch's kernel of the gradient at tx, where the
+formula makes four passes: a jvp takes 3.7 times as long.
 """
 
 import numbers
@@ -75,11 +78,27 @@ def activation(func, tangent):
         if len(args) != 1 or inplace or mode.tangent_grad:
             return NotImplemented
         x, tx = unpack(args[0])
-        if x.dtype.itemsize > 2:
+        if not x.is_floating_point():  # the gradient in a complex x is conjugate
             return NotImplemented
         out = on_primals(mode, lambda x: func(x, **options), *args)
         with tangent_context(mode):
             t_out = tangent(tx, x, **options)
+        return mode.dual(out, t_out)
+
+    rule.is_shortcut = True
+    return rule
+
+
+def softmax(func):
+    """A rule for `func(x, dim)`, with or without a dtype."""
+
+    def rule(mode, input=None, dim=None, *args, dtype=None, **options):
+        if mode.tangent_grad or input is None or type(dim) is not int or args:
+            return NotImplemented
+        _, tx = unpack(input)
+        out = on_primals(mode, lambda x: func(x, dim, dtype=dtype, **options), input)
+        with tangent_context(mode):
+            t_out = torch._softmax_backward_data(tx.to(out.dtype), out, dim, out.dtype)
         return mode.dual(out, t_out)
 
     rule.is_shortcut = True
@@ -111,3 +130,5 @@ RULES = {
 }
 RULES[F.silu] = activation(F.silu, torch.ops.aten.silu_backward)
 RULES[F.gelu] = activation(F.gelu, torch.ops.aten.gelu_backward)
+RULES[F.mish] = activation(F.mish, torch.ops.aten.mish_backward)
+RULES |= {func: softmax(func) for func in (F.softmax, torch.softmax, Tensor.softmax)}
