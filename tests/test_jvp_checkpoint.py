@@ -8,11 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from networks import DiT, Ops, close, dit_case, gradients, true_jvp
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointError,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
 import scm_kernels
 
@@ -134,6 +130,12 @@ FUNCTIONS = {
     "angles": lambda h, w, x: torch.polar(1 + h.square(), x).imag * w[0],
     "remainder": lambda h, w, x: F.softshrink(torch.remainder(h, 1 + x.square())) @ w,
     "matrices": lambda h, w, x: torch.linalg.solve(w, h) + torch.linalg.matrix_norm(h) * w,
+    "other names": lambda h, w, x: (0.3 * torch.arctan2(h, w[0])).arcsin() + torch.ger(h[0], x[0]),
+    "special": lambda h, w, x: torch.special.entr(h.sigmoid()) + torch.special.i1e(h) * w,
+    "vectors": lambda h, w, x: F.soft_margin_loss(h, w.detach()) * torch.linalg.vecdot(h, x),
+    "inverse": lambda h, w, x: torch.linalg.inv_ex(h).inverse + torch.trapezoid(h, w[0])[:, None],
+    "pooled": lambda h, w, x: F.max_pool2d(F.avg_pool1d(h[None], 3, 1, 1), 3, 1, 1)[0] * w,
+    "moved": lambda h, w, x: (torch.tile(h[:1], (8, 1)) + h.sort(0)[0]).ravel()[8:].frac().sin(),
     **WRITING,
     "dropout": lambda h, w, x: F.dropout(F.dropout(h * 1, 0.5, True, True).sin() * w[0], 0.3),
     "dropout2d": lambda h, w, x: F.dropout2d(h[None, None], 0.5)[0, 0].sin(),

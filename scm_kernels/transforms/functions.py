@@ -26,6 +26,27 @@ LINEAR = functions(
         *("bfloat16", "cumsum", "diff", "double", "gather", "half", "index_select", "interpolate"),
         *("masked_fill", "repeat_interleave", "swapaxes", "tril", "triu", "t"),
         *("conj", "imag", "real", "view_as_complex", "view_as_real"),
+        *("atleast_2d", "atleast_3d", "block_diag", "broadcast_tensors", "broadcast_to", "deg2rad"),
+        *("diag", "diag_embed", "diagflat", "diagonal", "diagonal_scatter", "dsplit", "fliplr"),
+        *("flipud", "hsplit", "index_copy", "masked_scatter", "masked_select", "meshgrid"),
+        *("nansum", "rad2deg", "ravel", "reshape_as", "rot90", "rsub", "scatter_add"),
+        *("select_scatter", "slice_scatter", "split_with_sizes", "sum_to_size", "take"),
+        *("take_along_dim", "tensor_split", "tile", "trace", "unfold", "vsplit"),
+        # As what they select, too, is found in the primal alone.
+        *("cummax", "cummin", "kthvalue", "median", "mode", "msort", "nanmedian", "sort", "topk"),
+        *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
+        *(
+            f"{name}{n}d"
+            for name in ("adaptive_avg_pool", "adaptive_max_pool", "avg_pool", "max_pool")
+            for n in (1, 2, 3)
+        ),
+        *(
+            f"{name}{n}d_with_indices"
+            for name in ("adaptive_max_pool", "max_pool")
+            for n in (1, 2, 3)
+        ),
+        # Their tangents are zero, or that of what is rounded.
+        *("ceil", "floor", "frac", "round", "sign", "trunc"),
     )
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "imag", "real")}
 _ACTIVATIONS = (
@@ -45,6 +66,9 @@ _POINTWISE = (
     *("absolute", "angle", "asinh", "acosh", "atanh", "digamma", "fmax", "fmin", "fmod", "gammaln"),
     *("i0", "isclose", "isfinite", "isinf", "isnan", "ldexp", "mvlgamma", "nan_to_num", "ndtr"),
     *("polar", "remainder", "xlog1py", "__mod__", "__rmod__"),
+    *("arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "copysign"),
+    *("entr", "erfcx", "i0e", "i1", "i1e", "log_ndtr", "logaddexp2", "multigammaln", "ndtri"),
+    *("polygamma", "psi"),
 )
 _OVER_DIMENSIONS = (
     *("amax", "amin", "cosine_similarity", "cumprod", "logcumsumexp", "logsumexp", "max", "min"),
@@ -57,11 +81,17 @@ _OVER_DIMENSIONS = (
     *("quantile", "nanquantile", "renorm", "lp_pool1d", "lp_pool2d", "lp_pool3d"),
     *("gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"),
     *("nanmean", "poisson_nll_loss", "scatter_reduce", "triplet_margin_loss", "vdot"),
+    *("addr", "cumulative_trapezoid", "ger", "hinge_embedding_loss", "linear_cross_entropy"),
+    *("margin_ranking_loss", "multilabel_soft_margin_loss", "soft_margin_loss", "trapezoid"),
+    *("trapz", "triplet_margin_with_distance_loss", "vecdot"),
 )
 _OF_MATRICES = (
     *("chain_matmul", "cholesky", "det", "eigh", "eigvalsh", "inv", "inverse", "logdet"),
     *("lu_factor", "matrix_exp", "matrix_norm", "matrix_power", "multi_dot", "pinv", "qr"),
     *("slogdet", "solve", "solve_triangular", "svd", "svdvals"),
+    *("cholesky_ex", "cholesky_inverse", "cholesky_solve", "cond", "householder_product"),
+    *("inv_ex", "lstsq", "lu", "lu_factor_ex", "lu_solve", "matrix_sqrth", "pinverse"),
+    *("solve_ex", "tensorinv", "tensorsolve", "triangular_solve", "vander"),
 )
 # Functions that draw random numbers, and whose Jacobian is diagonal.
 RANDOM = functions(
