@@ -219,10 +219,9 @@ def _kind(tensors: tuple, options: tuple) -> tuple | None:
     """What a call has in common with those that may go where it went; None where it is to be looked
     at from the start. A number for all samples is no part of it: r is another at each step.
     """
-    kind = _backends.kind_of_call(tensors, options)
-    if kind is None or level_is_open() or torch._C._is_any_autocast_enabled():
+    if level_is_open() or torch._C._is_any_autocast_enabled():
         return None
-    return kind
+    return _backends.kind_of_call(tensors, options)
 
 
 def _rate(warmup: object) -> float:

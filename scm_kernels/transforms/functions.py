@@ -15,8 +15,9 @@ def functions(names: Iterable[str]) -> frozenset:
     return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
 
 
-# Functions that are linear in all that may be dual: their tangents are functions of tangents alone,
-# of which autograd has no graph where it is to keep none.
+# Functions that are linear in all that may be dual, and some that are so where they select or round
+# as they do: their tangents are functions of tangents alone, of which autograd has no graph where
+# it is to keep none.
 LINEAR = functions(
     (
         *("view", "view_as", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand"),
@@ -32,20 +33,14 @@ LINEAR = functions(
         *("nansum", "rad2deg", "ravel", "reshape_as", "rot90", "rsub", "scatter_add"),
         *("select_scatter", "slice_scatter", "split_with_sizes", "sum_to_size", "take"),
         *("take_along_dim", "tensor_split", "tile", "trace", "unfold", "vsplit"),
-        # As what they select, too, is found in the primal alone.
         *("cummax", "cummin", "kthvalue", "median", "mode", "msort", "nanmedian", "sort", "topk"),
         *("channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
         *(
-            f"{name}{n}d"
+            f"{name}{n}d{indices}"
             for name in ("adaptive_avg_pool", "adaptive_max_pool", "avg_pool", "max_pool")
             for n in (1, 2, 3)
+            for indices in ("", "_with_indices")
         ),
-        *(
-            f"{name}{n}d_with_indices"
-            for name in ("adaptive_max_pool", "max_pool")
-            for n in (1, 2, 3)
-        ),
-        # Their tangents are zero, or that of what is rounded.
         *("ceil", "floor", "frac", "round", "sign", "trunc"),
     )
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "imag", "real")}
