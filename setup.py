@@ -34,10 +34,15 @@ SOURCES = Path(__file__).parent.absolute() / "csrc"
 # csrc/cpu/<kernel>.cpp, once for each instruction set
 KERNELS = ("isa", "attention_forward", "attention_backward", "tangent")
 SHARED = ("module", "cpu/dispatch", "cpu/pages", "cpu/parallel", "cpu/tangent_steps")
+# Machine code for an A100, and PTX that a driver compiles for later GPUs; and for Hopper alone.
+AMPERE = "-gencode arch=compute_80,code=[sm_80,compute_80]"
+HOPPER = "-gencode arch=compute_90a,code=sm_90a"
+HEAD_DIMS = (64, 72, 96, 112, 128)
 # csrc/cuda/<kernel>.cu, attention once for each head dimension, and what is C++ there
 CUDA_KERNELS = {
-    **{f"attention_forward.d{d}": f"-DSCM_HEAD_DIM={d}" for d in (64, 72, 96, 112, 128)},
-    **{f"tangent_{step}": "" for step in ("steps", "norm", "apply", "normalize", "scale")},
+    **{f"attention_forward.d{d}": f"{AMPERE} -DSCM_HEAD_DIM={d}" for d in HEAD_DIMS},
+    **{f"attention_forward_hopper.d{d}": f"{HOPPER} -DSCM_HEAD_DIM={d}" for d in HEAD_DIMS},
+    **{f"tangent_{step}": AMPERE for step in ("steps", "norm", "apply", "normalize", "scale")},
 }
 CUDA_SHARED = ("attention_dispatch", "bindings", "queue")
 
@@ -62,11 +67,7 @@ typedef float Vec __attribute__((vector_size(16)));
 Vec f(Vec a, Vec b) { return a > b ? a : __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 """
 
-# Machine code for an A100, and PTX that a driver compiles for later GPUs.
-CUDA_FLAGS = (
-    "-std=c++17 -O3 -gencode arch=compute_80,code=[sm_80,compute_80] "
-    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-)
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 # Static, so that the module is loaded where there is no CUDA; it looks for a driver when called.
 CUDA_RUNTIME = "-lcudart_static -ldl -lrt -lpthread"
 CUDA_PROBE = """
@@ -129,7 +130,8 @@ class Nvcc:
         with tempfile.TemporaryDirectory() as place:
             source = Path(place, "probe.cu")
             source.write_text(CUDA_PROBE)
-            compiling = [*self.command, "-c", str(source), "-o", f"{source}.o"]
+            architectures = f"{AMPERE} {HOPPER}".split()
+            compiling = [*self.command, *architectures, "-c", str(source), "-o", f"{source}.o"]
             # Lines such as `#$ INCLUDES="-I/usr/local/cuda/include"`, of what it would do.
             plan = dict(
                 re.findall(r"^#\$ (\w+)=(.*)", self._run(name, [*compiling, "--dryrun"]), re.M)
@@ -143,7 +145,9 @@ class Nvcc:
     def _run(self, name: str, command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise BuildError(f"{name!r} fails on a probe for sm_80:\n{done.stdout}{done.stderr}")
+            raise BuildError(
+                f"{name!r} fails on a probe for sm_80, sm_90a:\n{done.stdout}{done.stderr}"
+            )
         return done.stderr
 
 

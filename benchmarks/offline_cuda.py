@@ -6,7 +6,7 @@
 The ops run as on a GPU, down to the launch, which is written down and, with `simulate`, executed by
 ptxsim: with its checks of memory, races, initialisation and asynchronous copies. The simulator runs
 the PTX that the native module holds for later GPUs; registers and spills are those of its machine
-code for sm_80. `offline.py` is the same for Triton's kernels.
+code. `offline.py` is the same for Triton's kernels.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ class Launch:
 
     @property
     def cubin(self) -> bytes:
-        """The machine code for sm_80 that holds the kernel."""
+        """The binary that holds the kernel's machine code."""
         return next(code for code in _cubins() if self.name in _usage(code))
+
+    @property
+    def machine_code(self) -> str:
+        """The machine code, as text."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.cubin)
+            return tools.cuobjdump("-sass", "-fun", self.name, file.name)
 
     @property
     def usage(self) -> dict[str, int]:

@@ -224,7 +224,7 @@ def test_addresses_beyond_31_bits(cuda_launches):
 
 
 def kernels():
-    """The launch of every kernel of attention."""
+    """The launch of every kernel of attention on an A100."""
     if not _cuda.built():
         pytest.skip("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
     with offline_cuda.gpu() as launches:
@@ -246,6 +246,23 @@ def test_nothing_spills_and_two_blocks_fit_a_multiprocessor():
         assert launch.threads == 128
         assert usage["REG"] * launch.threads * 2 <= 65536, launch.name
         assert 2 * (launch.shared + usage["SHARED"] + 1024) <= 164 * 1024, launch.name
+
+
+@pytest.mark.parametrize("d", FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tangents", ["qkv", "q"])
+def test_kernels_for_hopper(tangents, dtype, d):
+    """The simulator lacks their products: what can be seen of them without a GPU is their code.
+    Products run one behind the other, and are begun at four places; where ptxas cannot prove that
+    their registers are left alone, it begins each anew, and waits for it."""
+    kernels()  # or skip
+    name = f"attention_forward_hopper_d{d}_{dtype}_{tangents}_kernel"
+    launch = offline_cuda.Launch(name, 132, 384, 0, b"")
+    assert launch.spilled() == 0
+    assert launch.usage["REG"] * launch.threads <= 65536
+    code = launch.machine_code
+    assert code.count("HGMMA.64x") >= 40
+    assert code.count("WARPGROUP.ARRIVE") == 4
 
 
 @pytest.mark.parametrize("d", FEATURES)

@@ -130,15 +130,19 @@ def test_triton_goes_first_where_it_is_faster(monkeypatch):
     assert choose("sm_90", "auto") == (first, False)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "causal", "expected"),
-    [("sm_80", False, False), ("sm_90", False, True), ("sm_90", True, False)],
-)
-def test_attention_yields_on_hopper(architecture, causal, expected, monkeypatch):
+@pytest.mark.parametrize("tangents", ["qkv", "qk", "q", "kv", ""])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_yields_on_hopper(architecture, causal, tangents, monkeypatch):
+    """Where no kernel is compiled for it, and not all keys are seen."""
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
-    q = SimpleNamespace(device=torch.device("cuda"))
-    assert cuda.yields(SimpleNamespace(q=q, causal=causal)) == expected
-    assert not cuda.yields(SimpleNamespace(q=torch.zeros(1), causal=causal))
+    present = {f"t{name}": object() if name in tangents else None for name in "qkv"}
+    problem = SimpleNamespace(
+        q=SimpleNamespace(device=torch.device("cuda")), causal=causal, **present
+    )
+    expected = architecture == "sm_90" and not causal and tangents not in ("qkv", "q")
+    assert cuda.yields(problem) == expected
+    assert not cuda.yields(SimpleNamespace(q=torch.zeros(1), causal=causal, **present))
 
 
 # --- what it takes --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import test_attention as shared
+import test_attention_cuda as cuda_list
 import torch
 from attention_cases import Case, draw
 
@@ -31,6 +32,38 @@ def backend(request):
 
 def test_a_gpu_runs_it(backend):
     assert scm_kernels.backends()[backend].startswith("available")
+
+
+# More tiles of rows than there are multiprocessors, for each of which a block stays on Hopper.
+ROUNDS = [
+    Case(
+        f"gpu_rounds_d{d}{'_causal' * causal}",
+        torch.bfloat16,
+        b=4,
+        h=33,
+        m=m,
+        n=n,
+        d=d,
+        causal=causal,
+    )
+    for d in (64, 72, 128)
+    for m, n, causal in ((300, 200, False), (300, 300, True), (130, 0, False))
+]
+CUDA_CASES = [
+    *cuda_list.cases(((65, 200), (1, 63), (63, 1), (200, 64), (300, 300))),
+    *cuda_list.LENGTHS,
+    *cuda_list.SPECIAL,
+    *cuda_list.EVERYWHERE,
+    *ROUNDS,
+]
+
+
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+def test_cuda_kernels(case):
+    """The list of the simulator, and what is too long for it; on Hopper by other kernels."""
+    if not _cuda.built():
+        pytest.skip("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
+    shared.check(shared.run("cuda", case, draw(case, "cuda")), case)
 
 
 @pytest.fixture

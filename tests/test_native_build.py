@@ -56,7 +56,10 @@ def test_an_nvcc_that_fails_is_an_error_or_a_message(project, tmp_path):
     environment = {"CUDA_HOME": str(tmp_path)}
     done = python(project, "setup.py", "--name", SCM_KERNELS_BUILD="cuda", **environment)
     assert done.returncode != 0
-    assert f"SCM_KERNELS_BUILD=cuda: '{nvcc}' fails on a probe for sm_80:\nplanted" in done.stderr
+    assert (
+        f"SCM_KERNELS_BUILD=cuda: '{nvcc}' fails on a probe for sm_80, sm_90a:\nplanted"
+        in done.stderr
+    )
     text = build(project, "--name", SCM_KERNELS_BUILD="auto", **environment)
     assert f"building without the CUDA kernels: '{nvcc}' fails" in text
 

@@ -1,28 +1,41 @@
-// The head dimensions for which attention_forward.cu is compiled.
+// The kernels of attention's forward: the head dimensions for which attention_forward.cu and
+// attention_forward_hopper.cu are compiled.
+
+#include <limits>
 
 #include "kernels.h"
 
 namespace scm {
 namespace cuda {
 
-cudaError_t launch_attention_forward_d64(const AttentionForward& problem, Queue& queue);
-cudaError_t launch_attention_forward_d72(const AttentionForward& problem, Queue& queue);
-cudaError_t launch_attention_forward_d96(const AttentionForward& problem, Queue& queue);
-cudaError_t launch_attention_forward_d112(const AttentionForward& problem, Queue& queue);
-cudaError_t launch_attention_forward_d128(const AttentionForward& problem, Queue& queue);
+#define SCM_HEAD_DIMS(X) X(64) X(72) X(96) X(112) X(128)
+
+#define SCM_DECLARE(d)                                                                      \
+  cudaError_t launch_attention_forward_d##d(const AttentionForward& problem, Queue& queue); \
+  cudaError_t launch_attention_forward_hopper_d##d(const AttentionForward& problem, Queue& queue);
+SCM_HEAD_DIMS(SCM_DECLARE)
+
+namespace {
+
+// Tangents of queries, keys and values, or of queries alone; rows of keys and values less than 2^31
+// bytes apart.
+bool hopper_takes(const AttentionForward& p) {
+  for (const Tensor* x : {&p.k, &p.tk, &p.v, &p.tv}) {
+    if (2 * x->stride[2] > std::numeric_limits<int>::max()) return false;
+  }
+  return p.tq && bool(p.tk) == bool(p.tv);
+}
+
+}  // namespace
 
 cudaError_t launch_attention_forward(const AttentionForward& problem, Queue& queue) {
+  const bool hopper = hopper_takes(problem) && queue.hopper_processors() > 0;
+#define SCM_CASE(d)                                                      \
+  case d:                                                                \
+    return hopper ? launch_attention_forward_hopper_d##d(problem, queue) \
+                  : launch_attention_forward_d##d(problem, queue);
   switch (problem.d) {
-    case 64:
-      return launch_attention_forward_d64(problem, queue);
-    case 72:
-      return launch_attention_forward_d72(problem, queue);
-    case 96:
-      return launch_attention_forward_d96(problem, queue);
-    case 112:
-      return launch_attention_forward_d112(problem, queue);
-    case 128:
-      return launch_attention_forward_d128(problem, queue);
+    SCM_HEAD_DIMS(SCM_CASE)
     default:
       return cudaErrorNotSupported;
   }

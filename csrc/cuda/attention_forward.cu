@@ -22,12 +22,10 @@
 //   Three blocks a multiprocessor at D = 64, with 168 registers a thread: the same within noise.
 //   The last tiles compiled for a causal mask and for the length alone, not for both: 0 to 4% more.
 
-#include <algorithm>
-#include <cfloat>
-#include <cmath>
 #include <tuple>
 
 #include "attention_outputs.cuh"
+#include "attention_params.cuh"
 #include "attention_queries.cuh"
 #include "kernels.h"
 #include "softmax.cuh"
@@ -38,34 +36,11 @@ namespace {
 
 constexpr int kBlocks = 2;  // a multiprocessor
 
-struct View {
-  char* data;
-  int64_t batch, head, row;  // strides in bytes
-};
-
-struct Params {
-  View q, tq, k, tk, v, tv, out, t_out;
-  float *lse, *mu;
-  int m, n, heads, group, tiles;  // query heads a key head; tiles of rows a head
-  bool causal;
-  float scale, scale2;  // of the scores, without its sign; the same times log2(e)
-  uint32_t flip;        // the sign of scale, which goes into q and tq: bits of two numbers
-};
-
-// What a block works on: a batch, a head, and the first of its rows.
-struct Place {
-  int batch, head, row;
-};
-
 // Causal rows see more keys the later they are: the last ones first. No place is kept through the
 // loops, where registers are short.
 __device__ __forceinline__ Place place(const Params& p) {
   const int block = block_again(), head = block / p.tiles;
   return {head / p.heads, head % p.heads, (p.tiles - 1 - block % p.tiles) * kBlockM};
-}
-
-__device__ __forceinline__ Rows rows(const View& x, int batch, int head) {
-  return {x.data + batch * x.batch + head * x.head, x.row};
 }
 
 // Why a tile has keys that a row does not see: nothing, the number of keys, the causal mask too.
@@ -324,24 +299,11 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
 SCM_SETS(SCM_KERNEL, bf16, __nv_bfloat16)
 SCM_SETS(SCM_KERNEL, f16, __half)
 
-View view(const Tensor& x) { return {x.data, 2 * x.stride[0], 2 * x.stride[1], 2 * x.stride[2]}; }
-
 }  // namespace
 
 cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, Queue& queue) {
-  Params params{};
-  params.q = view(p.q), params.k = view(p.k), params.v = view(p.v);
-  params.tq = view(p.tq), params.tk = view(p.tk), params.tv = view(p.tv);
-  params.out = view(p.out), params.t_out = view(p.t_out), params.lse = p.lse, params.mu = p.mu;
-  params.m = static_cast<int>(p.m), params.n = static_cast<int>(p.n), params.causal = p.causal;
-  params.heads = static_cast<int>(p.h), params.group = static_cast<int>(p.h / p.hk);
-  params.tiles = (params.m + kBlockM - 1) / kBlockM;
-  params.scale = std::abs(p.scale);
-  // Above 0, so that it keeps the -inf of keys that are not seen.
-  params.scale2 = std::max(static_cast<float>(params.scale * 1.4426950408889634), FLT_MIN);
-  params.flip = std::signbit(p.scale) ? 0x80008000u : 0u;
-  const int64_t blocks = params.tiles * p.h * p.b;
-
+  int64_t blocks = 0;
+  const Params params = cuda::params(p, kBlockM, &blocks);
   const auto present = std::make_tuple(bool(p.tq), bool(p.tk), bool(p.tv));
 #define SCM_LAUNCH(type, T, set, ...)                                                         \
   if (present == std::make_tuple(__VA_ARGS__)) {                                              \

@@ -5,6 +5,14 @@
 namespace scm {
 namespace cuda {
 
+int Queue::hopper_processors() const {
+  if (list_ != nullptr) return 0;
+  int major = 0, processors = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_);
+  return major == 9 ? processors : 0;
+}
+
 cudaError_t Queue::run(const void* kernel, const char* name, int64_t blocks, int threads,
                        int shared, const void* params, size_t size) {
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;

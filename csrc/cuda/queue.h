@@ -25,6 +25,9 @@ class Queue {
   // Launches are written down.
   explicit Queue(std::vector<Launch>* list) : list_(list) {}
 
+  // The multiprocessors of a Hopper GPU; 0 on others, and where launches are written down.
+  int hopper_processors() const;
+
   template <class Params>
   cudaError_t launch(void (*kernel)(Params), const char* name, int64_t blocks, int threads,
                      int shared, const Params& params) {

@@ -43,12 +43,15 @@ def refuses(problem: Forward | Backward) -> str | None:
 
 
 def yields(problem: Forward | Backward) -> bool:
-    """Whether Triton's kernels are faster: on an H200 they are, if not causal, 1.19 times at D = 64
-    and 1.24 times at 128 (measured). These multiply warp by warp, as an A100 does; a Hopper GPU has
-    products of four warps, at a higher rate, and Triton uses them."""
-    device = problem.q.device
-    on_hopper = device.type == "cuda" and _triton.architecture(device) == "sm_90"
-    return on_hopper and not problem.causal
+    """Whether Triton's kernels are faster: on Hopper, for which there are kernels of these with
+    products of four warps where the tangents are those of q, k and v, or that of q alone. The
+    others multiply warp by warp, as an A100 does, and Triton's kernels do not: these were 1.19
+    times as fast at D = 64 and 1.24 times at 128 on an H200 if not causal (measured)."""
+    p = problem
+    if p.q.device.type != "cuda" or _triton.architecture(p.q.device) != "sm_90":
+        return False
+    hopper = p.tq is not None and (p.tk is None) == (p.tv is None)
+    return not hopper and not p.causal
 
 
 def forward(problem: Forward) -> None:

@@ -1,0 +1,61 @@
+// What the kernels of attention's forward are given.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "problems.h"
+#include "tile.cuh"
+
+namespace scm {
+namespace cuda {
+
+struct View {
+  char* data;
+  int64_t batch, head, row;  // strides in bytes
+};
+
+struct Params {
+  View q, tq, k, tk, v, tv, out, t_out;
+  float *lse, *mu;
+  int m, n, heads, group;  // query heads a key head
+  int tiles, blocks;       // tiles of rows a head; and of all heads and batches
+  bool causal;
+  float scale, scale2;  // of the scores, without its sign; the same times log2(e)
+  uint32_t flip;        // the sign of scale, which goes into q and tq: bits of two numbers
+};
+
+// What is worked on: a batch, a head, and the first of its rows.
+struct Place {
+  int batch, head, row;
+};
+
+__device__ __forceinline__ Rows rows(const View& x, int batch, int head) {
+  return {x.data + batch * x.batch + head * x.head, x.row};
+}
+
+inline View view(const Tensor& x) {
+  return {x.data, 2 * x.stride[0], 2 * x.stride[1], 2 * x.stride[2]};
+}
+
+// `rows` of them are a tile. The number of all tiles may be larger than an int holds.
+inline Params params(const AttentionForward& p, int rows, int64_t* blocks) {
+  Params params{};
+  params.q = view(p.q), params.k = view(p.k), params.v = view(p.v);
+  params.tq = view(p.tq), params.tk = view(p.tk), params.tv = view(p.tv);
+  params.out = view(p.out), params.t_out = view(p.t_out), params.lse = p.lse, params.mu = p.mu;
+  params.m = static_cast<int>(p.m), params.n = static_cast<int>(p.n), params.causal = p.causal;
+  params.heads = static_cast<int>(p.h), params.group = static_cast<int>(p.h / p.hk);
+  params.tiles = (params.m + rows - 1) / rows;
+  params.scale = std::abs(p.scale);
+  // Above 0, so that it keeps the -inf of keys that are not seen.
+  params.scale2 = std::max(static_cast<float>(params.scale * 1.4426950408889634), FLT_MIN);
+  params.flip = std::signbit(p.scale) ? 0x80008000u : 0u;
+  *blocks = params.tiles * p.h * p.b;
+  params.blocks = static_cast<int>(*blocks);
+  return params;
+}
+
+}  // namespace cuda
+}  // namespace scm
