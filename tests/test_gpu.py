@@ -1,5 +1,7 @@
 """What only a GPU can show. The shared test lists run there too, under the same marker."""
 
+import copy
+
 import pytest
 import test_attention as shared
 import test_attention_cuda as cuda_list
@@ -121,3 +123,29 @@ def test_a_cuda_graph(backend):
         expected = scm_kernels.attention_jvp(q, k, v, tq, tk, tv)
     for x, y in zip(captured, expected, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("shape", [(96,), (4, 24)], ids=str)
+def test_the_tangent_of_an_rms_norm(shape, affine, dtype):
+    """By PyTorch's kernel of the gradient; the primal is PyTorch's own, with its graph."""
+    norm = torch.nn.RMSNorm(shape, eps=1e-6, elementwise_affine=affine, device="cuda", dtype=dtype)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+    x = 3 * torch.randn(2, 7, *shape, device="cuda", dtype=dtype) + 1
+    for t_x in (torch.randn_like(x), torch.randn_like(x[:1]).expand_as(x)):
+        x.requires_grad_(affine)
+        out, t_out = scm_kernels.jvp(norm, (x,), (t_x,))
+        assert torch.equal(out, norm(x))
+        assert out.requires_grad == affine
+        assert not t_out.requires_grad
+        wide = copy.deepcopy(norm).double()
+        _, truth = torch.func.jvp(wide, (x.detach().double(),), (t_x.double(),))
+        error = (t_out.double() - truth).abs().max() / truth.abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps
+        if affine:
+            grads = [torch.autograd.grad(y.sum(), (x, norm.weight)) for y in (out, norm(x))]
+            assert all(map(torch.equal, *grads))

@@ -52,6 +52,15 @@ def rms_norm(mode, input, normalized_shape, weight=None, eps=None):
     """`F.rms_norm`; statistics over the last dimensions, whose shape is `normalized_shape`."""
     (x, tx), (w, tw) = map(unpack, (input, weight))
     normalized_shape, eps = primals(normalized_shape), primals(eps)
+    # As F.rms_norm does on a GPU; elsewhere PyTorch has no kernel.
+    if x.is_cuda and (w is None or w.dtype == x.dtype) and _symmetric(mode, input, weight):
+        out, scale = torch.ops.aten._fused_rms_norm(x, normalized_shape, w, eps)
+        with tangent_context(mode):
+            t_xhat, _ = torch.ops.aten._fused_rms_norm_backward(
+                tx, x, normalized_shape, scale, None, (True, False)
+            )
+            t_out = _affine(out, t_xhat, w, None, None)
+        return mode.dual(out, t_out.to(out.dtype))
     out = on_primals(
         mode, lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight, composite=True
     )
@@ -158,7 +167,7 @@ def _channel_norm(mode, forward, input, weight, bias, dims, running, eps):
 
 def _symmetric(mode, input, weight) -> bool:
     """Whether txhat may be PyTorch's kernel of the gradient at tx: the Jacobian of xhat in x,
-    r (1 - 1 1^T / n - xhat xhat^T / n), is symmetric.
+    r (1 - 1 1^T / n - xhat xhat^T / n), for an RMS norm r (1 - xhat xhat^T / n), is symmetric.
 
     That has no graph, and for half types a CPU keeps r no better than that.
     """
