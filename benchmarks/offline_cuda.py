@@ -12,7 +12,7 @@ code. `offline.py` is the same for Triton's kernels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -67,8 +67,8 @@ def gpu(*, simulate: bool = False, **options) -> Iterator[list[Launch]]:
         raise RuntimeError("the native module has no CUDA kernels (SCM_KERNELS_BUILD=cuda)")
     launches = []
 
-    def launch(function: str, tensors: Sequence[Tensor | None], *arguments) -> None:
-        for record in getattr(_native.module(), function)(*arguments, 0, None):
+    def launch(function: Callable, tensors: Sequence[Tensor | None], *arguments) -> None:
+        for record in function(*arguments, 0, None):
             current = Launch(*record)
             if simulate:
                 current.stats = _simulate(current, tensors, options)

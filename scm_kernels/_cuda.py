@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels of all ops share on the host: availability and launches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -48,7 +48,7 @@ def describe() -> str:
     return torch.cuda.get_device_name()
 
 
-def launch(function: str, tensors: Sequence[Tensor | None], *arguments) -> None:
+def launch(function: Callable, tensors: Sequence[Tensor | None], *arguments) -> None:
     """Call a function of the native module that launches on a device and a stream, which are the
     first tensor's device and its current stream.
 
@@ -60,5 +60,4 @@ def launch(function: str, tensors: Sequence[Tensor | None], *arguments) -> None:
         with torch.cuda.device(index):
             return launch(function, tensors, *arguments)
     # What torch.cuda.current_stream() asks, and Triton's launches; that makes a Python object.
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    getattr(_native.module(), function)(*arguments, index, stream)
+    function(*arguments, index, torch._C._cuda_getCurrentRawStream(index))

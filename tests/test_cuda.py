@@ -63,8 +63,8 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(monkeypatch):
     class Tensor:
         device = torch.device("cuda", 1)
 
-    class Module:
-        step = staticmethod(lambda *arguments: called.append((*arguments, *current)))
+    def step(*arguments):
+        called.append((*arguments, *current))
 
     called, streams, current = [], {0: 100, 1: 101}, [0]
 
@@ -76,9 +76,8 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(_native, "module", lambda: Module)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
-    _cuda.launch("step", (Tensor(), None), "sizes", "inputs")
+    _cuda.launch(step, (Tensor(), None), "sizes", "inputs")
     assert called == [("sizes", "inputs", 1, 101, 1)]
     assert current == [0]
 
@@ -239,7 +238,8 @@ def test_what_attention_takes_is_compiled(written, d, tangents, dtype):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     for causal in (False, True):
-        cuda.forward(forward(m=300, n=200, d=d, tangents=tangents, dtype=dtype, causal=causal))
+        problem = forward(m=300, n=200, d=d, tangents=tangents, dtype=dtype, causal=causal)
+        cuda.plan_forward(problem)(problem)
     for launch in written:
         assert launch.blocks > 0
         assert 0 < launch.threads <= 1024
@@ -314,7 +314,7 @@ def test_the_simulator_sees_what_a_kernel_may_not_touch(cuda_launches, monkeypat
     """A tensor that a launch does not name."""
     ptxsim, real = tools.tool("ptxsim"), _cuda.launch
     monkeypatch.setattr(
-        _cuda, "launch", lambda name, tensors, *rest: real(name, tensors[1:], *rest)
+        _cuda, "launch", lambda function, tensors, *rest: real(function, tensors[1:], *rest)
     )
     inputs, coefficients = tangent_tests.make((3, 8))[0], tangent_tests.random_coefficients(3)
     with pytest.raises(ptxsim.MemcheckError):

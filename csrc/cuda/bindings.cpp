@@ -42,13 +42,23 @@ Launches run(const char* op, int device, Stream stream, Host host) {
   return launches;
 }
 
-Launches attention_forward(const Sizes& sizes, bool causal, float scale,
-                           const std::vector<Address>& inputs, const Address& out,
-                           const Address& t_out, uintptr_t lse, uintptr_t mu, int device,
-                           Stream stream) {
-  const auto p = forward(sizes, causal, scale, inputs, out, t_out, lse, mu, 0);
-  return run("attention_forward", device, stream,
-             [&](cuda::Queue& queue) { return cuda::launch_attention_forward(p, queue); });
+// What launches calls of one kind: a function of the addresses of q, k, v, tq, tk, tv, out, t_out,
+// lse, mu, 0 for one that is absent, of a device and a stream.
+py::cpp_function attention_forward(const Sizes& sizes, bool causal, float scale,
+                                   const std::vector<Address>& inputs, const Address& out,
+                                   const Address& t_out) {
+  const auto kind = forward(sizes, causal, scale, inputs, out, t_out, 0, 0, 0);
+  return [kind](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t tq, uintptr_t tk, uintptr_t tv,
+                uintptr_t out, uintptr_t t_out, uintptr_t lse, uintptr_t mu, int device,
+                Stream stream) {
+    AttentionForward p = kind;
+    p.q.data = pointer<char>(q), p.k.data = pointer<char>(k), p.v.data = pointer<char>(v);
+    p.tq.data = pointer<char>(tq), p.tk.data = pointer<char>(tk), p.tv.data = pointer<char>(tv);
+    p.out.data = pointer<char>(out), p.t_out.data = pointer<char>(t_out);
+    p.lse = pointer<float>(lse), p.mu = pointer<float>(mu);
+    return run("attention_forward", device, stream,
+               [&](cuda::Queue& queue) { return cuda::launch_attention_forward(p, queue); });
+  };
 }
 
 std::optional<std::string> error(int device) {
@@ -71,7 +81,7 @@ auto function(const char* op, cudaError_t (*host)(const Problem&, cuda::Queue&),
 
 void add_cuda_functions(py::module_& m) {
   m.def("cuda_error", &error, "Why a device does not run the kernels, None if it does.");
-  m.def("cuda_attention_forward", &attention_forward);
+  m.def("cuda_attention_forward", &attention_forward, "A function that launches calls of a kind.");
   m.def("cuda_tangent_sums", &cuda::tangent_sums);
   m.def("cuda_tangent_loss", function("tangent_loss", cuda::launch_tangent_loss, loss));
   m.def("cuda_tangent_apply", function("tangent_apply", cuda::launch_tangent_apply, apply));

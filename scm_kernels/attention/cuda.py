@@ -1,5 +1,7 @@
 """Attention on NVIDIA's GPUs by the CUDA C++ kernels of csrc/cuda: the forward."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,23 +56,25 @@ def yields(problem: Forward | Backward) -> bool:
     return not hopper and not p.causal
 
 
-def forward(problem: Forward) -> None:
+def plan_forward(problem: Forward) -> Callable[[Forward], None]:
     """One pass over the keys."""
     p = problem
     (b, h, m, d), (_, hk, n, e) = p.q.shape, p.v.shape
-    inputs, outputs = (p.q, p.k, p.v, p.tq, p.tk, p.tv), (p.out, p.t_out, p.lse, p.mu)
-    _cuda.launch(
-        "cuda_attention_forward",
-        (*inputs, *outputs),
+    inputs = p.q, p.k, p.v, p.tq, p.tk, p.tv
+    function = _native.module().cuda_attention_forward(
         (b, h, hk, m, n, d, e),
         p.causal,
         p.scale,
         [*map(_native.address, inputs), None, None],  # no masks
         _native.address(p.out),
         _native.address(p.t_out),
-        p.lse.data_ptr(),
-        p.mu.data_ptr(),
     )
+
+    def run(p: Forward) -> None:
+        tensors = p.q, p.k, p.v, p.tq, p.tk, p.tv, p.out, p.t_out, p.lse, p.mu
+        _cuda.launch(function, tensors, *[0 if x is None else x.data_ptr() for x in tensors])
+
+    return run
 
 
 def _aligned(x: Tensor) -> bool:

@@ -48,7 +48,8 @@ def normalize(problem: Normalize) -> None:
 
 
 def _launch(step: str, p: Problem, tensors: tuple[Tensor | None, ...], *arguments) -> None:
-    _cuda.launch(f"cuda_tangent_{step}", (p.f, p.v, p.x, p.j, *tensors), *arguments)
+    function = getattr(_native.module(), f"cuda_tangent_{step}")
+    _cuda.launch(function, (p.f, p.v, p.x, p.j, *tensors), *arguments)
 
 
 def _sums(p: Loss | Normalize) -> Tensor:
