@@ -24,6 +24,7 @@
 //   no softmax: the limit of copies and products                          649            668
 
 #include <algorithm>
+#include <limits>
 
 #include "attention_hopper_worker.cuh"
 #include "kernels.h"
@@ -100,6 +101,7 @@ SCM_SETS(SCM_KERNEL, f16, __half)
 cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, Queue& queue) {
   int64_t tiles = 0;
   const Params params = cuda::params(p, kHopperRows, &tiles);
+  if (tiles > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
   const int64_t blocks = std::min<int64_t>(tiles, queue.hopper_processors());
 #define SCM_LAUNCH(type, T, set, tkv)                                                       \
   if (bool(p.tk) == tkv) {                                                                  \

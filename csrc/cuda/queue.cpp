@@ -1,9 +1,29 @@
 #include "queue.h"
 
 #include <limits>
+#include <mutex>
+#include <set>
+#include <utility>
 
 namespace scm {
 namespace cuda {
+
+namespace {
+
+// A kernel may take more than 48 KiB of shared memory where it has been asked for: once for each
+// kernel and device, as it takes longer than a launch.
+cudaError_t allow_shared(const void* kernel, int device, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+
+}  // namespace
 
 int Queue::hopper_processors() const {
   if (list_ != nullptr) return 0;
@@ -23,9 +43,7 @@ cudaError_t Queue::run(const void* kernel, const char* name, int64_t blocks, int
   // The caller has made this device PyTorch's; here it becomes that of the runtime linked to this
   // module, on this thread, which has a notion of its own.
   cudaError_t error = cudaSetDevice(device_);
-  if (error == cudaSuccess && shared > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  }
+  if (error == cudaSuccess && shared > 48 * 1024) error = allow_shared(kernel, device_, shared);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<void*>(params)};
   return cudaLaunchKernel(kernel, static_cast<unsigned>(blocks), threads, arguments, shared,

@@ -11,7 +11,7 @@ from scm_kernels.attention.problem import Backward, Forward
 _DTYPES = {torch.bfloat16, torch.float16}
 # What is compiled. Other problems take Triton's kernels, which are compiled as they come.
 FEATURES = (64, 72, 96, 112, 128)
-LONGEST = 2**31 - 64  # whose number of tiles an int holds
+LONGEST = 2**31 - 128  # whose rows an int counts, to the end of a tile of 128
 
 
 def unavailable() -> str | None:
