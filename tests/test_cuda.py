@@ -192,7 +192,7 @@ LONG = torch.zeros(1, 1, 1, 64, dtype=BF16).expand(1, 1, 2**31, 64)
         (forward(mask=torch.zeros(1, 1, 5, 7)), "it has no masks"),
         (forward(d=32), "it has D = E of 64, 72, 96, 112, 128, not D = 32, E = 32"),
         (forward(d=64, e=72), "not D = 64, E = 72"),
-        (forward(k=LONG, v=LONG), "it has lengths up to 2147483584, not 2147483648"),
+        (forward(k=LONG, v=LONG), "it has lengths up to 2147483520, not 2147483648"),
         (forward(q=apart(65)), "it has rows at multiples of 16 bytes"),
         (forward(q=apart(64, offset=1)), "it has rows at multiples of 16 bytes"),
         (forward(tq=apart(68)), "it has rows at multiples of 16 bytes"),
