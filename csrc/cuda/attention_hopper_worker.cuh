@@ -12,10 +12,14 @@ class Worker {
  public:
   __device__ __forceinline__ Worker(const Params& p, uint32_t shared) : p_(p), shared_(shared) {}
 
+  // In what order the two warpgroups start their products: strictly in turns, from the first tile
+  // of the first rows to the last of the last ones, which are as many for both.
   __device__ __forceinline__ void run() {
+    if (group() == 1) arrive_threads(turn(0), 256);
     for (int round = 0; round * int(gridDim.x) < p_.blocks; ++round) {
       if (assigned(round) < p_.blocks) work(round);
     }
+    if (group() == 0) sync_threads(turn(0), 256);
   }
 
  private:
@@ -31,8 +35,6 @@ class Worker {
     load_queries(at);
     clear();
     if (tiles > 0) {
-      // In what order the two start their products: this one's turn, and the other's.
-      if (group() == 1 && tiles > 1) arrive_threads(turn(1 - group()), 256);
       wait_for_stage();
       begin_products();
       start_scores();
@@ -54,7 +56,6 @@ class Worker {
         wait_for_products<0>();
         settle(s_), settle(t_), settle(out_), settle(t_out_), settle(rounded_);
       }
-      if (group() == 0 && tiles > 1) sync_threads(turn(group()), 256);
       soften(tiles - 1);
       settle(out_), settle(t_out_), settle(rounded_);
       begin_products();
