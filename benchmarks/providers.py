@@ -50,11 +50,14 @@ class Problem:
 
 
 def ours(device: str) -> dict[str, str | None]:
-    """Our backends that can run on this device, fastest first; each with why it is left out."""
+    """Our backends that can run on this device, fastest first; each with why it is left out. Where
+    there are CUDA kernels, before them "auto", which takes those of a case that they have."""
     wanted = {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")}
     reasons = {}
     for name in wanted[device]:
         status = scm_kernels.backends()[name]
+        if name == "cuda" and status.startswith("available"):
+            reasons["auto"] = None
         reasons[name] = None if status.startswith("available") else status
         if name == "triton" and _triton.interpreting():
             reasons[name] = "the interpreter is for debugging: it has no speed"

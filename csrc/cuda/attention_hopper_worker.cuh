@@ -12,8 +12,8 @@ class Worker {
  public:
   __device__ __forceinline__ Worker(const Params& p, uint32_t shared) : p_(p), shared_(shared) {}
 
-  // In what order the two warpgroups start their products: strictly in turns, from the first tile
-  // of the first rows to the last of the last ones, which are as many for both.
+  // The two warpgroups start their products in turns, strictly, from the first rows to the last
+  // ones; but for the first scores of rows and their last outputs, which are out of turn.
   __device__ __forceinline__ void run() {
     if (group() == 1) arrive_threads(turn(0), 256);
     for (int round = 0; round * int(gridDim.x) < p_.blocks; ++round) {
@@ -281,7 +281,7 @@ class Worker {
       const bool none = l == 0.0f;  // there are no keys, or none with a score above -inf
       const float p_sum = Tile::kTail ? out_[kOut - 1][2 * r] : rounded_[0][2 * r];
       const float h_sum = Tile::kTail ? t_out_[kOut - 1][2 * r] : rounded_[0][2 * r + 1];
-      // A NaN in h is one in both of the rounded sums, and not to be one in out.
+      // A NaN in h is one in both of the rounded sums (without a tail), and not to be one in out.
       const float inverse = none ? 0.0f : 1.0f / (p_sum < INFINITY ? p_sum : l);
       const float mean = none ? 0.0f : h_sum * inverse;
       if (row(r) >= p_.m) continue;
