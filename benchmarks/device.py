@@ -90,17 +90,18 @@ def timer(device: str) -> Callable[[Callable[[], object]], float]:
     gpu = device == "cuda"
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size if gpu else 2**26
     flush = torch.zeros(size // 4, device=device)
-    return (lambda run: _between_events(run, flush)) if gpu else (lambda run: _cold(run, flush))
+    clock = between_events if gpu else wall
+
+    def cold(run: Callable[[], object]) -> float:
+        flush.add_(1)
+        return clock(run)
+
+    return cold
 
 
-def _cold(run: Callable[[], object], flush: torch.Tensor) -> float:
-    flush.add_(1)
-    return wall(run)
-
-
-def _between_events(run: Callable[[], object], flush: torch.Tensor) -> float:
+def between_events(run: Callable[[], object]) -> float:
+    """Milliseconds of one call in the current stream of a GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.add_(1)
     start.record()
     run()
     end.record()

@@ -15,6 +15,7 @@ import torch
 
 import scm_kernels
 from benchmarks.common import report, with_progress
+from benchmarks.device import between_events
 
 # batch, heads, tokens, features
 SHAPES = (
@@ -35,15 +36,7 @@ def milliseconds(run: Callable[[], object]) -> float:
         for _ in range(CALLS):
             run()
     graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS)
-    return statistics.median(times)
+    return statistics.median(between_events(graph.replay) for _ in range(REPLAYS)) / CALLS
 
 
 def measure(shape: tuple[int, int, int, int], kind: str) -> dict:

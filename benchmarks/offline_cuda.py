@@ -43,9 +43,7 @@ class Launch:
     @property
     def machine_code(self) -> str:
         """The machine code, as text."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(self.cubin)
-            return tools.cuobjdump("-sass", "-fun", self.name, file.name)
+        return tools.dump(self.cubin, "-sass", "-fun", self.name)
 
     @property
     def usage(self) -> dict[str, int]:

@@ -39,15 +39,19 @@ def cuobjdump(*arguments: object, cwd: str | None = None) -> str:
     ).stdout
 
 
+def dump(code: bytes, *options: str) -> str:
+    """What NVIDIA's tool prints of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(code)
+        return cuobjdump(*options, file.name)
+
+
 def usage(code: bytes) -> dict[str, dict[str, int]]:
     """Of each kernel in a cubin: registers a thread ("REG"), bytes of local memory a thread
     ("STACK", "LOCAL"), bytes of static shared memory a block ("SHARED")."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(code)
-        text = cuobjdump("-res-usage", file.name)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-        for name, numbers in re.findall(r"Function (\S+):\n(.*)", text)
+        for name, numbers in re.findall(r"Function (\S+):\n(.*)", dump(code, "-res-usage"))
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import benchmarks.suite
-from benchmarks import accuracy, cases, compare, graphs, network_providers, providers, tables
+from benchmarks import accuracy, cases, compare, network_providers, providers, tables
 from benchmarks.__main__ import main
 from benchmarks.attention_providers import problem
 from benchmarks.cases import Case
@@ -354,26 +354,6 @@ def test_compare_counts_what_the_new_run_does_not_have(runs, capsys):
     assert runs(shape=[1, 2, 128, 128, 32]) == 0
     assert "1 rows in both" in (printed := capsys.readouterr().out)
     assert "1 of the old without a counterpart" in printed
-
-
-@pytest.mark.parametrize("built", [False, True])
-def test_a_gpu_measures_what_users_get(built, monkeypatch):
-    """Where it is none of the backends alone: CUDA's forward and Triton's backward."""
-    status = {"triton": "available (H200)", "reference": "available"}
-    status["cuda"] = "available (H200)" if built else "not available: not built"
-    monkeypatch.setattr(providers.scm_kernels, "backends", lambda: status)
-    monkeypatch.setattr(providers._triton, "interpreting", lambda: False)
-    names = ["auto", "cuda", "triton", "reference"] if built else ["cuda", "triton", "reference"]
-    assert list(providers.ours("cuda")) == names
-    assert (providers.ours("cuda")["cuda"] is None) == built
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU")
-def test_graphs_want_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["graphs"])
-    with pytest.raises(SystemExit):
-        graphs.main()
-    assert "PyTorch sees no GPU here" in capsys.readouterr().err
 
 
 def test_compare_refuses_two_machines(runs, capsys):

@@ -12,7 +12,8 @@ namespace cuda {
 
 #define SCM_DECLARE(d)                                                                      \
   cudaError_t launch_attention_forward_d##d(const AttentionForward& problem, Queue& queue); \
-  cudaError_t launch_attention_forward_hopper_d##d(const AttentionForward& problem, Queue& queue);
+  cudaError_t launch_attention_forward_hopper_d##d(const AttentionForward& problem,         \
+                                                   int processors, Queue& queue);
 SCM_HEAD_DIMS(SCM_DECLARE)
 
 namespace {
@@ -29,11 +30,11 @@ bool hopper_takes(const AttentionForward& p) {
 }  // namespace
 
 cudaError_t launch_attention_forward(const AttentionForward& problem, Queue& queue) {
-  const bool hopper = hopper_takes(problem) && queue.hopper_processors() > 0;
-#define SCM_CASE(d)                                                      \
-  case d:                                                                \
-    return hopper ? launch_attention_forward_hopper_d##d(problem, queue) \
-                  : launch_attention_forward_d##d(problem, queue);
+  const int processors = hopper_takes(problem) ? queue.hopper_processors() : 0;
+#define SCM_CASE(d)                                                                          \
+  case d:                                                                                    \
+    return processors > 0 ? launch_attention_forward_hopper_d##d(problem, processors, queue) \
+                          : launch_attention_forward_d##d(problem, queue);
   switch (problem.d) {
     SCM_HEAD_DIMS(SCM_CASE)
     default:

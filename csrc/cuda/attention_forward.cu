@@ -272,13 +272,7 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
 
 // --- kernels and their host ---------------------------------------------------------------------
 
-#define SCM_JOIN_(a, b) a##b
-#define SCM_JOIN(a, b) SCM_JOIN_(a, b)
-#define SCM_TEXT_(x) #x
-#define SCM_TEXT(x) SCM_TEXT_(x)
 #define SCM_FORWARD SCM_JOIN(attention_forward_d, SCM_HEAD_DIM)
-// attention_forward_d64_bf16_qkv_kernel: the head dimension, the type, the tangents there are.
-#define SCM_NAME(type, set) SCM_JOIN(SCM_FORWARD, _##type##_##set##_kernel)
 
 #define SCM_KERNEL(type, T, set, ...)                             \
   extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) \
@@ -296,25 +290,21 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
   X(type, T, v, false, false, true) \
   X(type, T, none, false, false, false)
 
-SCM_SETS(SCM_KERNEL, bf16, __nv_bfloat16)
-SCM_SETS(SCM_KERNEL, f16, __half)
+SCM_KERNELS(SCM_KERNEL)
 
 }  // namespace
 
 cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, Queue& queue) {
-  int64_t blocks = 0;
-  const Params params = cuda::params(p, kBlockM, &blocks);
+  const int64_t blocks = row_tiles(p, kBlockM);
+  const Params params = cuda::params(p, kBlockM);
   const auto present = std::make_tuple(bool(p.tq), bool(p.tk), bool(p.tv));
+  const Type q = p.q.type;
 #define SCM_LAUNCH(type, T, set, ...)                                                         \
-  if (present == std::make_tuple(__VA_ARGS__)) {                                              \
+  if (q == kTypeOf<T> && present == std::make_tuple(__VA_ARGS__)) {                           \
     return queue.launch(SCM_NAME(type, set), SCM_TEXT(SCM_NAME(type, set)), blocks, kThreads, \
                         Kind<T, SCM_HEAD_DIM, __VA_ARGS__>::kShared, params);                 \
   }
-  if (p.q.type == Type::kBFloat16) {
-    SCM_SETS(SCM_LAUNCH, bf16, __nv_bfloat16)
-  } else if (p.q.type == Type::kFloat16) {
-    SCM_SETS(SCM_LAUNCH, f16, __half)
-  }
+  SCM_KERNELS(SCM_LAUNCH)
   return cudaErrorNotSupported;
 }
 

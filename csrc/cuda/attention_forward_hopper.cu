@@ -75,13 +75,7 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
 
 // --- kernels and their host ---------------------------------------------------------------------
 
-#define SCM_JOIN_(a, b) a##b
-#define SCM_JOIN(a, b) SCM_JOIN_(a, b)
-#define SCM_TEXT_(x) #x
-#define SCM_TEXT(x) SCM_TEXT_(x)
 #define SCM_FORWARD SCM_JOIN(attention_forward_hopper_d, SCM_HEAD_DIM)
-// attention_forward_hopper_d64_bf16_qkv_kernel: the head dimension, the type, the tangents.
-#define SCM_NAME(type, set) SCM_JOIN(SCM_FORWARD, _##type##_##set##_kernel)
 
 #define SCM_KERNEL(type, T, set, tkv)                             \
   extern "C" __global__ void __launch_bounds__(kHopperThreads, 1) \
@@ -93,26 +87,23 @@ __device__ __forceinline__ void attention_forward(const Params& p) {
   X(type, T, qkv, true)      \
   X(type, T, q, false)
 
-SCM_SETS(SCM_KERNEL, bf16, __nv_bfloat16)
-SCM_SETS(SCM_KERNEL, f16, __half)
+SCM_KERNELS(SCM_KERNEL)
 
 }  // namespace
 
-cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, Queue& queue) {
-  int64_t tiles = 0;
-  const Params params = cuda::params(p, kHopperRows, &tiles);
+cudaError_t SCM_JOIN(launch_, SCM_FORWARD)(const AttentionForward& p, int processors,
+                                           Queue& queue) {
+  const int64_t tiles = row_tiles(p, kHopperRows);
+  const Params params = cuda::params(p, kHopperRows);
   if (tiles > std::numeric_limits<int>::max() / 2) return cudaErrorInvalidConfiguration;
-  const int64_t blocks = std::min<int64_t>(tiles, queue.hopper_processors());
+  const int64_t blocks = std::min<int64_t>(tiles, processors);
+  const Type q = p.q.type;
 #define SCM_LAUNCH(type, T, set, tkv)                                                       \
-  if (bool(p.tk) == tkv) {                                                                  \
+  if (q == kTypeOf<T> && bool(p.tk) == tkv) {                                               \
     return queue.launch(SCM_NAME(type, set), SCM_TEXT(SCM_NAME(type, set)), blocks,         \
                         kHopperThreads, HopperKind<T, SCM_HEAD_DIM, tkv>::kShared, params); \
   }
-  if (p.q.type == Type::kBFloat16) {
-    SCM_SETS(SCM_LAUNCH, bf16, __nv_bfloat16)
-  } else if (p.q.type == Type::kFloat16) {
-    SCM_SETS(SCM_LAUNCH, f16, __half)
-  }
+  SCM_KERNELS(SCM_LAUNCH)
   return cudaErrorNotSupported;
 }
 

@@ -1,4 +1,6 @@
-// What the kernels of attention's forward are given.
+// What the kernels of attention's forward are given, and how a file names and finds those that it
+// compiles: SCM_FORWARD begins their names, SCM_SETS(X, type, T) are the sets of tangents of a
+// type.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +41,12 @@ inline View view(const Tensor& x) {
   return {x.data, 2 * x.stride[0], 2 * x.stride[1], 2 * x.stride[2]};
 }
 
-// `rows` of them are a tile. The number of all tiles may be larger than an int holds.
-inline Params params(const AttentionForward& p, int rows, int64_t* blocks) {
+// Tiles of `rows` rows, of all heads and batches.
+inline int64_t row_tiles(const AttentionForward& p, int rows) {
+  return (p.m + rows - 1) / rows * p.h * p.b;
+}
+
+inline Params params(const AttentionForward& p, int rows) {
   Params params{};
   params.q = view(p.q), params.k = view(p.k), params.v = view(p.v);
   params.tq = view(p.tq), params.tk = view(p.tk), params.tv = view(p.tv);
@@ -52,10 +58,21 @@ inline Params params(const AttentionForward& p, int rows, int64_t* blocks) {
   // Above 0, so that it keeps the -inf of keys that are not seen.
   params.scale2 = std::max(static_cast<float>(params.scale * 1.4426950408889634), FLT_MIN);
   params.flip = std::signbit(p.scale) ? 0x80008000u : 0u;
-  *blocks = params.tiles * p.h * p.b;
-  params.blocks = static_cast<int>(*blocks);
+  params.blocks = static_cast<int>(row_tiles(p, rows));
   return params;
 }
+
+template <class T>
+constexpr Type kTypeOf = std::is_same_v<T, __half> ? Type::kFloat16 : Type::kBFloat16;
+
+#define SCM_JOIN_(a, b) a##b
+#define SCM_JOIN(a, b) SCM_JOIN_(a, b)
+#define SCM_TEXT_(x) #x
+#define SCM_TEXT(x) SCM_TEXT_(x)
+// attention_forward_d64_bf16_qkv_kernel: the head dimension, the type, the tangents there are.
+#define SCM_NAME(type, set) SCM_JOIN(SCM_FORWARD, _##type##_##set##_kernel)
+// Every type and set.
+#define SCM_KERNELS(X) SCM_SETS(X, bf16, __nv_bfloat16) SCM_SETS(X, f16, __half)
 
 }  // namespace cuda
 }  // namespace scm
