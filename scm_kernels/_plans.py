@@ -42,6 +42,13 @@ def kind(values: Iterable[Tensor | object]) -> tuple:
     return tuple(result)
 
 
+def pattern(x: Tensor | None) -> Tensor | None:
+    """x without its memory: `empty_like` of it is the quickest way to a tensor of such strides."""
+    if x is not None:
+        x.untyped_storage().resize_(0)
+    return x
+
+
 def forget() -> None:
     """Start afresh, as after a change of what the machine has."""
     for plans in _all:

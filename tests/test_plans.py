@@ -127,6 +127,27 @@ def test_a_known_kind_sees_whether_a_gradient_is_wanted():
         torch.testing.assert_close(actual.grad.double(), right.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_outputs_of_a_known_kind():
+    """Of the strides of the first ones, of memory of their own, and for autograd wherever it is on,
+    though the first were made in inference mode."""
+    x = [y.transpose(1, 2).contiguous().transpose(1, 2) for y in tensors()]
+    with torch.inference_mode():
+        attention_jvp(*x)
+        calls = [attention_jvp(*x, return_stats=True) for _ in range(2)]
+    calls += [attention_jvp(*x, return_stats=True) for _ in range(2)]
+    (call,) = op._calls.values()
+    assert [y.untyped_storage().nbytes() for y in call.patterns] == [0] * 5
+    assert len({y.data_ptr() for outputs in calls for y in outputs}) == 4 * len(calls)
+    for outputs in calls:
+        assert outputs[0].stride() == x[0].stride()
+        for one, other in zip(outputs, calls[0], strict=True):
+            assert one.stride() == other.stride()
+            assert torch.equal(one, other)
+    assert not any(y.is_inference() for y in calls[-1])
+    leaf = x[0].clone().requires_grad_()
+    attention_jvp(leaf, *x[1:])[0].sum().backward()
+
+
 def test_saved_tensors_that_come_back_otherwise():
     """Hooks may give the backward other strides than the forward had."""
     x = [y.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for y in tensors()]

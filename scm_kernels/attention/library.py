@@ -1,13 +1,13 @@
 """The ops behind `op.py`: schema, kernel, fake, autograd, vmap of attention and its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from scm_kernels import _backends, _library
+from scm_kernels import _backends, _library, _plans
 from scm_kernels._duals import unpack
 from scm_kernels.attention import reference, torch_backward
 from scm_kernels.attention.problem import Backward, Forward
@@ -90,6 +90,7 @@ class Call:
     def __init__(self, *options):
         self.options = options  # what follows the tensors
         self.plan: Callable[[Forward], None] | None = None
+        self.patterns: list[Tensor | None] = []  # of the outputs
 
     @staticmethod
     def takes(tensors) -> bool:
@@ -97,17 +98,20 @@ class Call:
         rowwise = all(_rowwise(x) is x for x in tensors[:6])
         return rowwise and 0 not in tensors[0].shape[:3]
 
-    def __call__(self, tensors) -> tuple[Tensor | None, ...]:
+    def __call__(self, tensors) -> Iterable[Tensor | None]:
         _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
         if _library.differentiable(tensors):
             return _Attention.apply(*tensors, *self.options, self)  # no transform is about
         return self.run(tensors)
 
     @_library.without_autocast
-    def run(self, tensors) -> tuple[Tensor | None, ...]:
+    def run(self, tensors) -> list[Tensor | None]:
         """The kernel, where autograd has nothing to record."""
         causal, scale, _, backend = self.options
-        outputs = _allocate(tensors[0], tensors[2], tensors[6])
+        if self.plan is None:
+            outputs = _allocate(tensors[0], tensors[2], tensors[6])
+            self.patterns = [_plans.pattern(x) for x in outputs]
+        outputs = [x if x is None else torch.empty_like(x) for x in self.patterns]
         problem = Forward(*tensors, causal, scale, *outputs)
         if self.plan is None:
             self.plan = _backends.plan("attention", "forward", problem, backend)

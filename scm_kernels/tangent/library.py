@@ -98,6 +98,7 @@ class Call:
         self.shape = None if len(shape) == 2 else (shape[0], shape[1:].numel())
         *self.options, self.backend = options  # sigma_data, c, preset, zero
         self.plan: Callable[[Loss | Normalize], None] | None = None
+        self.patterns: list[Tensor] = []  # of a loss's outputs
 
     def normalize(self, f, v, x, j, t, warmup, r: float) -> Tensor:
         """s g, in the shape of f; contiguous, as all inputs are."""
@@ -116,9 +117,12 @@ class Call:
         with _library.below_autograd():
             return self.losses(*args)[0]
 
-    def losses(self, f, v, x, j, t, warmup, log_weight, r: float) -> tuple[Tensor, ...]:
+    def losses(self, f, v, x, j, t, warmup, log_weight, r: float) -> list[Tensor]:
         """What `tangent_loss` returns."""
-        outputs = _fake_loss(f, v, x, j, t, warmup, log_weight)
+        if self.plan is None:
+            outputs = _fake_loss(f, v, x, j, t, warmup, log_weight)
+            self.patterns = [_plans.pattern(x) for x in outputs]
+        outputs = [torch.empty_like(x) for x in self.patterns]
         numbers = t, warmup, log_weight, _plans.Number(r)
         self.run("loss", Loss(f, v, x, j, *numbers, *self.options, *outputs))
         return outputs
