@@ -17,7 +17,7 @@ about a backend, such as an instruction set.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -51,7 +51,7 @@ def backends() -> dict[str, str]:
 
 
 @contextmanager
-def backend(name: str):
+def backend(name: str) -> Iterator[None]:
     """Force one backend, for every op called inside, and for their backward passes wherever those
     run.
 

@@ -108,7 +108,7 @@ def test_the_wheel_of_an_sdist_has_the_module_and_no_sources(built):
     (wheel,) = (place / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         kinds = {Path(name).suffix for name in archive.namelist() if ".dist-info" not in name}
-    assert kinds == {".py", ".so"}
+    assert kinds == {".py", ".so", ".typed"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The project around the code: lint, packaging, the import, the snippets of the README."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import clang_format
 import pytest
+
+import scm_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,17 @@ def test_import_needs_torch_alone_and_is_quick():
     assert min(seconds) < 0.2
 
 
+def test_what_a_user_calls_is_typed():
+    """For type checkers, which py.typed sends to these annotations."""
+    functions = [getattr(scm_kernels, name) for name in scm_kernels.__all__]
+    functions += [x for name, x in vars(scm_kernels.trigflow).items() if not name.startswith("_")]
+    for function in filter(inspect.isfunction, functions):
+        signature = inspect.signature(function)
+        for x in signature.parameters.values():
+            assert x.annotation is not x.empty, (function.__name__, x.name)
+        assert signature.return_annotation is not signature.empty, function.__name__
+
+
 def test_wheel_and_sdist_build(tmp_path):
     """Pure Python; test_native_build.py has the same with the native module."""
     command = [
@@ -77,9 +91,9 @@ def test_wheel_and_sdist_build(tmp_path):
     assert {str(path.relative_to(ROOT)) for path in code} <= names
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if name.endswith(".py")}
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
-    sources = (ROOT / "scm_kernels").rglob("*.py")
+    sources = [*(ROOT / "scm_kernels").rglob("*.py"), ROOT / "scm_kernels" / "py.typed"]
     assert packed == {str(path.relative_to(ROOT)) for path in sources}
     place = "import scm_kernels; print(scm_kernels.__file__)"
     assert str(tmp_path) in run(sys.executable, "-c", place, cwd=tmp_path / "site")
