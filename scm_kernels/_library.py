@@ -8,6 +8,7 @@ functorch's stack at a time, which is what lets `torch.func.grad` and `vmap` pas
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 LIBRARY = torch.library.Library("scm_kernels", "DEF")
 
@@ -68,15 +70,17 @@ class Op:
     PyTorch's dispatcher, which takes longer than all checks.
     """
 
-    def __init__(self, schema: str, kernel: Callable, autograd: Callable):
+    def __init__(self, schema: str, kernel: Callable, autograd: Callable, flops: Callable | None):
         self.name, _, arguments = schema.partition("(")
         self.tensors = arguments.partition(" -> ")[0].count("Tensor")
-        self.kernel, self.autograd = kernel, autograd
+        self.kernel, self.autograd, self.flops = kernel, autograd, flops
         self.dispatched = getattr(torch.ops.scm_kernels, self.name)
 
     def __call__(self, *args):
         tensors = args[: self.tensors]
         if not plain(tensors):
+            if self.flops is not None and not torch.compiler.is_compiling():
+                _tell_flop_counters(self.dispatched, self.flops)
             return self.dispatched(*args)
         if forward_ad._current_level >= 0 or differentiable(tensors):
             return self.autograd(*args)
@@ -119,10 +123,29 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def _tell_flop_counters(op: Callable, flops: Callable) -> None:
+    """Have each `FlopCounterMode` that is on count an op, which it would take for none.
+
+    PyTorch's module of these imports Triton: it is not imported to register a formula there.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is not None:
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, module._FlopCounterMode):
+                mode.counter.flop_registry.setdefault(op, flops)
+
+
 def define(
-    schema: str, *, kernel: Callable, fake: Callable, autograd: Callable, vmap: Callable
+    schema: str,
+    *,
+    kernel: Callable,
+    fake: Callable,
+    autograd: Callable,
+    vmap: Callable,
+    flops: Callable | None = None,
 ) -> Op:
-    """Register one op: schema, kernel for every device, shapes without data, autograd, batching."""
+    """Register one op: schema, kernel for every device, shapes without data, autograd, batching,
+    and the formula of its operations."""
     name = schema.partition("(")[0]
     kernel = without_autocast(kernel)
     LIBRARY.define(schema)
@@ -130,7 +153,7 @@ def define(
     LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"scm_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"scm_kernels::{name}", vmap, lib=LIBRARY)
-    op = Op(schema, kernel, autograd)
+    op = Op(schema, kernel, autograd, flops)
     LIBRARY.impl(name, _older_vmap(op.dispatched, vmap), "Batched")
     return op
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scm_kernels import _backends, _library, _plans
 from scm_kernels._duals import unpack
-from scm_kernels.attention import reference, torch_backward
+from scm_kernels.attention import flops, reference, torch_backward
 from scm_kernels.attention.problem import Backward, Forward
 
 _INPUTS = (
@@ -337,6 +337,7 @@ attention_jvp = _library.define(
     fake=_empty_forward,
     autograd=_autograd_forward,
     vmap=_vmap_forward,
+    flops=flops.forward,
 )
 attention_jvp_backward = _library.define(
     f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
@@ -346,4 +347,5 @@ attention_jvp_backward = _library.define(
     fake=_fake_backward,
     autograd=_autograd_backward,
     vmap=_vmap_backward,
+    flops=flops.backward,
 )
