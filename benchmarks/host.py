@@ -53,6 +53,11 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     loss = scm_kernels.consistency_loss(learned[0], V, X, J, t, learned[1])
     block = Block(ModelConfig(width=64, depth=1, heads=2)).to(device)
     h, t_h, m, t_m = (torch.randn(1, n, 64, device=device) for n in (16, 16, 4, 4))
+
+    def block_jvp(*inputs):
+        return scm_kernels.jvp(block, inputs[:2], inputs[2:])
+
+    compiled_jvp = torch.compile(block_jvp, fullgraph=True)
     return {
         "attention_jvp": lambda: scm_kernels.attention_jvp(*x),
         "attention_jvp, graph kept": lambda: scm_kernels.attention_jvp(*leaves),
@@ -70,7 +75,8 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         ),
         "its backward": lambda: torch.autograd.grad(loss, learned, retain_graph=True),
         "a DiT block": lambda: block(h, m),
-        "jvp of a DiT block": lambda: scm_kernels.jvp(block, (h, m), (t_h, t_m)),
+        "jvp of a DiT block": lambda: block_jvp(h, m, t_h, t_m),
+        "the same, compiled": lambda: compiled_jvp(h, m, t_h, t_m),
         "torch.empty_like": lambda: torch.empty_like(F),
     }
 

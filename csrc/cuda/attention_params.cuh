@@ -37,8 +37,10 @@ __device__ __forceinline__ Rows rows(const View& x, int batch, int head) {
   return {x.data + batch * x.batch + head * x.head, x.row};
 }
 
-inline View view(const Tensor& x) {
-  return {x.data, 2 * x.stride[0], 2 * x.stride[1], 2 * x.stride[2]};
+// The stride of a single row means nothing; but rows past the last, of which nothing is read, have
+// addresses too, and those are multiples of 16 bytes as all others.
+inline View view(const Tensor& x, int64_t rows) {
+  return {x.data, 2 * x.stride[0], 2 * x.stride[1], rows > 1 ? 2 * x.stride[2] : 0};
 }
 
 // Tiles of `rows` rows, of all heads and batches.
@@ -48,9 +50,10 @@ inline int64_t row_tiles(const AttentionForward& p, int rows) {
 
 inline Params params(const AttentionForward& p, int rows) {
   Params params{};
-  params.q = view(p.q), params.k = view(p.k), params.v = view(p.v);
-  params.tq = view(p.tq), params.tk = view(p.tk), params.tv = view(p.tv);
-  params.out = view(p.out), params.t_out = view(p.t_out), params.lse = p.lse, params.mu = p.mu;
+  params.q = view(p.q, p.m), params.k = view(p.k, p.n), params.v = view(p.v, p.n);
+  params.tq = view(p.tq, p.m), params.tk = view(p.tk, p.n), params.tv = view(p.tv, p.n);
+  params.out = view(p.out, p.m), params.t_out = view(p.t_out, p.m);
+  params.lse = p.lse, params.mu = p.mu;
   params.m = static_cast<int>(p.m), params.n = static_cast<int>(p.n), params.causal = p.causal;
   params.heads = static_cast<int>(p.h), params.group = static_cast<int>(p.h / p.hk);
   params.tiles = (params.m + rows - 1) / rows;
