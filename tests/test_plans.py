@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import scm_kernels
 from scm_kernels import _backends, _plans, _triton
@@ -160,6 +161,21 @@ def test_saved_tensors_that_come_back_otherwise():
     for others in gradients[1:]:
         for one, other in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_checkpoint_around_the_first_call_of_a_kind(dtype, masked):
+    """Which saves as many tensors as the second one, by which its backward computes it again."""
+    x = tensors(dtype=dtype)
+    mask = torch.zeros(37, 37, dtype=dtype) if masked else None
+    leaf, *others = (y.requires_grad_() for y in x)
+    for _ in range(2):
+        outputs = checkpoint(attention_jvp, leaf, *others, attn_mask=mask, use_reentrant=False)
+        (gradient,) = torch.autograd.grad(sum(y.sum() for y in outputs), leaf)
+        outputs = attention_jvp(leaf, *others, attn_mask=mask)
+        (right,) = torch.autograd.grad(sum(y.sum() for y in outputs), leaf)
+        assert torch.equal(gradient, right)
 
 
 def test_autocast_is_no_part_of_a_kernel():
