@@ -86,7 +86,7 @@ def is_dual_outside(x: object) -> bool:
     if _functorch.maybe_get_level(x) == interpreter.level():
         x = _functorch.get_unwrapped(x)
     with coerce_cinterpreter(interpreter).lower():
-        return unpack(x)[1] is not None or is_dual_outside(x)
+        return (not is_batched_here(x) and unpack(x)[1] is not None) or is_dual_outside(x)
 
 
 def primals(x: object) -> object:
@@ -211,6 +211,11 @@ def without_tangent_graph(x: object, level: int) -> object:
     with outside():
         tangent = tangent.detach()
     return make_dual(primal, tangent)
+
+
+def may_be_view(x: Tensor) -> bool:
+    """Whether x is a view, which what a vmap batches does not tell."""
+    return x._is_view() or _functorch.is_functorch_wrapped_tensor(x)
 
 
 def has_graph(x: Tensor) -> bool:

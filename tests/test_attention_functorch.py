@@ -327,6 +327,7 @@ def test_forward_over_explicit_tangents_raises(x, which):
 
 VMAP_INSIDE = {
     "query": lambda f, x, y: jvp(vmap(lambda q: f(q, *x[1:3])), (y[0],), (y[3],)),
+    "twice": lambda f, x, y: jvp(vmap(vmap(lambda q: f(q, *x[1:3]))), (y[0][None],), (y[3][None],)),
     "key": lambda f, x, y: jvp(lambda q: vmap(lambda k: f(q, k, x[2]))(y[1]), (x[0],), (x[3],)),
     "mask": lambda f, x, y: jvp(
         lambda q: vmap(lambda m: f(q, *x[1:3], m > 0))(torch.randn(SIZE, M, N)), (x[0],), (x[3],)

@@ -139,6 +139,18 @@ def complex_rotation(x):
     return torch.view_as_real(z).flatten(1), torch.fft.irfft(torch.fft.rfft(x) * WEIGHT[0, 0])
 
 
+def sibling_views(x):
+    y = x @ WEIGHT
+    a, b, c = y[:, :2], y[:, 2:4], y[:, 4:]
+    a.mul_(2.0)
+    b.zero_()
+    a.mul_(WEIGHT[0, :2])
+    c.fill_(0.5)
+    c.mul_(x[:, :2])
+    c.fill_(value=0.25)
+    return y, a
+
+
 def detached(x):
     y = x * WEIGHT[0]
     z = y.detach().clone()
@@ -163,6 +175,7 @@ FUNCTIONS = [
     transposed_in_place,
     dtypes,
     complex_rotation,
+    sibling_views,
     detached,
 ]
 
@@ -250,3 +263,50 @@ def test_writes_to_what_a_rule_has_made(network, tangent_grad):
     stock = stock_jvp(network, (x,), (tx,))
     close(tuple(ours), tuple(stock), 1e-5)
     close(*(torch.autograd.grad(y[tangent_grad].square().sum(), x)[0] for y in (ours, stock)), 1e-4)
+
+
+NORMS = {
+    "layer": lambda x, b: F.layer_norm(x, (6,), None, b),
+    "group": lambda x, b: F.group_norm(x, 2, None, b),
+    "batch": lambda x, b: F.batch_norm(x, torch.zeros(6), torch.ones(6), None, b),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("tangent_grad", [False, True])
+def test_writes_to_a_norm_of_a_constant_leave_its_bias(norm, tangent_grad):
+    """Whose tangent is all that the result has for one."""
+
+    def function(bias):
+        y = NORMS[norm](torch.ones(1, 6), bias)
+        y.mul_(3.0)
+        return y, bias * 1.0
+
+    bias, tangent = torch.randn(6), torch.ones(6)
+    _, (t_out, t_bias) = scm_kernels.jvp(function, (bias,), (tangent,), tangent_grad=tangent_grad)
+    close((t_out, t_bias, tangent), (torch.full((1, 6), 3.0), torch.ones(6), torch.ones(6)))
+
+
+@pytest.mark.parametrize("tangent_grad", [False, True])
+@pytest.mark.parametrize("outer", [1, 2])
+def test_writes_inside_of_a_vmap_around_the_jvp(tangent_grad, outer):
+    """Where a tangent may be a view, and does not tell."""
+    weight = torch.randn(4, 4, 3, 3, requires_grad=True)
+
+    def network(x):
+        y = F.silu(F.conv2d(x, weight), inplace=True)
+        return torch.einsum("bchw,dc->bdhw", y, weight[..., 0, 0]).mul_(2.0)
+
+    def function(jvp, **options):
+        def run(x, tx):
+            return jvp(network, (x,), (tx,), **options)
+
+        for _ in range(outer):
+            run = torch.func.vmap(run)
+        return run(x, tx)
+
+    x, tx = torch.randn(2, *(3, 2)[:outer], 1, 4, 5, 5)
+    ours = function(scm_kernels.jvp, tangent_grad=tangent_grad)
+    stock = function(stock_jvp)
+    close(tuple(ours), tuple(stock), 1e-5)
+    close(*(torch.autograd.grad(y[tangent_grad].sum(), weight)[0] for y in (ours, stock)), 1e-4)

@@ -283,9 +283,13 @@ class _AttentionBackward(_library.Function):
                 saved[i] = value
             return _dense_gradient(saved[:2], saved[2:], causal, scale, wanted)
 
-        _, pullback = torch.func.vjp(gradient, *(saved[i] for i in moving))
+        # Not a vjp: in what the gradient does not depend on, that fails inside of other transforms.
+        def paired(*values):
+            return sum((x * c).sum() for x, c in zip(gradient(*values), cotangents, strict=True))
+
         gradients = [None] * len(saved)
-        for i, value in zip(moving, pullback(cotangents), strict=True):
+        every = torch.func.grad(paired, argnums=tuple(range(len(moving))))
+        for i, value in zip(moving, every(*(saved[i] for i in moving)), strict=True):
             gradients[i] = value
         return (*gradients, *(None,) * 9)
 

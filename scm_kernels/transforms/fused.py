@@ -17,6 +17,7 @@ from scm_kernels._duals import (
     jvp_at_work,
     level_is_open,
     make_dual,
+    may_be_view,
     outside,
     refuse_batched,
     require_grad,
@@ -158,7 +159,7 @@ class Fused(DualMode):
 
     def dual(self, out: Tensor, t_out: Tensor) -> Tensor | Dual:
         """What a rule makes its result of."""
-        if not self.tangent_grad and (torch.compiler.is_compiling() or t_out._is_view()):
+        if not self.tangent_grad and (torch.compiler.is_compiling() or may_be_view(t_out)):
             t_out = t_out.detach()  # PyTorch lets nobody write to a view that no_grad has made
         return Dual(out, t_out) if self.apart else make_dual(out, t_out)
 

@@ -31,8 +31,8 @@ def jvp(
     forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
     compute the primals again. Their backward raises PyTorch's `CheckpointError` with
     `tangent_grad` True, where a checkpoint belongs around the jvp, and around an
-    `autograd.Function` of one's own, another checkpoint, a recurrent network, or random numbers
-    other than those of dropout. A checkpoint around the jvp, all of it under
+    `autograd.Function` of one's own, a `torch.func.vmap`, another checkpoint, a recurrent network,
+    or random numbers other than those of dropout. A checkpoint around the jvp, all of it under
     `torch.compile(fullgraph=True)`, wants
     `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`. PyTorch's forward
     mode is for one thread of a process.

@@ -203,5 +203,6 @@ def _affine(xhat: Tensor, t_xhat: Tensor | None, w, tw, tb) -> Tensor:
     if tw is not None:
         terms.append(tw * xhat)
     if tb is not None:
-        terms.append(tb.expand(xhat.shape))
+        # Alone in memory of its own: what is made of it may be written to.
+        terms.append(tb.expand(xhat.shape) if terms else tb.expand(xhat.shape).clone())
     return sum(terms[1:], start=terms[0])
