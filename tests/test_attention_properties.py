@@ -270,3 +270,42 @@ def test_double_backward_of_nothing(nothing):
     second = torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)
     for leaf, gradient in zip(leaves, second, strict=True):
         torch.testing.assert_close(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softmax_of_one_key_does_not_vary(backend, dtype, masked):
+    """Its output is the value, and the gradients through it vanish, as eager's do."""
+    torch.manual_seed(0)
+    device, shapes = device_of(backend), ((2, 4, 33, 64), (2, 2, 1, 64), (2, 2, 1, 48))
+    x = [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes * 2]
+    mask = torch.randn(33, 1, dtype=dtype, device=device, requires_grad=True) if masked else None
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*x, attn_mask=mask, enable_gqa=True)
+        leaves = [*x, mask] if masked else x
+        gradients = torch.autograd.grad(outputs, leaves, [torch.randn_like(y) for y in outputs])
+    for y, value in zip(outputs, (x[2], x[5]), strict=True):
+        assert torch.equal(y, value.repeat_interleave(2, 1).expand_as(y))
+    for i, gradient in enumerate(gradients):
+        assert (i in (2, 5)) == bool(gradient.any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tangent_that_float16_does_not_hold(backend):
+    """Where nothing flows back to it, the gradients of the others are as if it were not there."""
+    torch.manual_seed(0)
+    q, k, v, *tangents = torch.randn(6, 1, 2, 7, 16, dtype=torch.float16, device=device_of(backend))
+    tangents[0][:, :, 3] *= 1e4
+    leaves = [y.requires_grad_() for y in (q, k, 64 * v)]
+    cotangent = torch.randn_like(q)
+    cotangent[:, :, 3] = 0
+    with scm_kernels.backend(backend):
+        t_out = attention_jvp(*leaves, *tangents)[1]
+        assert t_out[:, :, 3].isinf().any()
+        gradients = torch.autograd.grad(t_out, leaves, cotangent)
+        tangents[0][:, :, 3] = 0
+        t_out = attention_jvp(*leaves, *tangents)[1]
+        expected = torch.autograd.grad(t_out, leaves, cotangent)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other)

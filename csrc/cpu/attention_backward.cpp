@@ -168,11 +168,14 @@ class Backward {
     }
   }
 
-  float dot(const Matrix& x, const Matrix& y, int64_t row) const {
+  // Of a cotangent and an output. A tO that float16 does not hold is no part of a gradient that
+  // nothing flows back to.
+  float dot(const Matrix& cotangent, const Matrix& output, int64_t row) const {
     VecF sum{};
     for (int64_t j = 0; j < p_.e; j += kLanes) {
-      sum += load_elements<Float32>(x.at(row), x.type, j, p_.e) *
-             load_elements<Float32>(y.at(row), y.type, j, p_.e);
+      const VecF x = load_elements<Float32>(cotangent.at(row), cotangent.type, j, p_.e);
+      const VecF y = load_elements<Float32>(output.at(row), output.type, j, p_.e);
+      sum += x == 0.0f ? VecF{} : x * y;
     }
     float total = 0.0f;
     for (int i = 0; i < kLanes; ++i) total += sum[i];

@@ -295,7 +295,9 @@ class _RowGradient:
         if self.dto is not None:
             self.mu = tiles.rows(p.mu[..., None], rows)
             self.beta = (self.dto * out).sum(-1, keepdim=True)
-            self.delta += (self.dto * t_out).sum(-1, keepdim=True)
+            # A tO that float16 does not hold is no part of a gradient that nothing flows back to.
+            products = (self.dto * t_out).masked_fill(self.dto == 0, 0.0)
+            self.delta += products.sum(-1, keepdim=True)
 
     def add(self, keys: slice, sums: dict[str, Tensor | None]) -> None:
         tiles, do, dto = self.tiles, self.do, self.dto
