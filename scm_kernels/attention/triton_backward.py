@@ -25,8 +25,8 @@ from scm_kernels.attention.triton_tiles import LOG2E
 
 @triton.jit
 def _row_sums(x, y, total):
-    """total + rowsum(x y) in float32 of two tiles of parts, a cotangent's and an output's. A tO that
-    float16 does not hold is no part of a gradient that nothing flows back to."""
+    """total + rowsum(x y) in float32 of two tiles of parts, a cotangent's and an output's. A tO
+    that float16 does not hold is no part of a gradient that nothing flows back to."""
     for i in tl.static_range(len(x)):
         products = x[i].to(tl.float32) * y[i].to(tl.float32)
         total += tl.sum(tl.where(x[i] == 0, 0.0, products), 1)
