@@ -166,6 +166,13 @@ def _unwrapped(x: Tensor | None, level: int) -> Tensor | None:
     return _functorch.get_unwrapped(x)
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """x outside of all of functorch's transforms."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
 def as_constant(x: Tensor, level: int) -> Tensor:
     """A constant that was computed outside, as the jvp of this level would have made it."""
     return _functorch._wrap_for_grad(x, level)

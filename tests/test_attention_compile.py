@@ -163,6 +163,21 @@ def test_vmap_and_grad_inside(x):
     torch.testing.assert_close(actual, run(scaled_dot_product_attention), **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("through", [0, 1])
+def test_gradient_of_a_gradient(x, dtype, through):
+    """In the layout [B, M, H, D] of packed projections, which is not that of the heads."""
+    q, *rest = (y.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for y in x)
+
+    def function(q):
+        def inner(q):
+            return attention_jvp(q, *rest)[through].float().sum()
+
+        return grad(lambda q: grad(inner)(q).float().square().sum())(q)
+
+    torch.testing.assert_close(compiled(function)(q), function(q))
+
+
 def test_autocast(x):
     single = [y.float() for y in x]
 

@@ -139,18 +139,6 @@ def complex_rotation(x):
     return torch.view_as_real(z).flatten(1), torch.fft.irfft(torch.fft.rfft(x) * WEIGHT[0, 0])
 
 
-def sibling_views(x):
-    y = x @ WEIGHT
-    a, b, c = y[:, :2], y[:, 2:4], y[:, 4:]
-    a.mul_(2.0)
-    b.zero_()
-    a.mul_(WEIGHT[0, :2])
-    c.fill_(0.5)
-    c.mul_(x[:, :2])
-    c.fill_(value=0.25)
-    return y, a
-
-
 def detached(x):
     y = x * WEIGHT[0]
     z = y.detach().clone()
@@ -175,7 +163,6 @@ FUNCTIONS = [
     transposed_in_place,
     dtypes,
     complex_rotation,
-    sibling_views,
     detached,
 ]
 

@@ -163,6 +163,25 @@ def test_saved_tensors_that_come_back_otherwise():
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
+@pytest.mark.parametrize("m", [37, 1])
+def test_outputs_may_be_written_to(layout, m):
+    """The first ones of a kind too, and inside of a jvp: none is a view."""
+    x = tensors(2, 3, m, 16)
+    if layout == "bmhd":
+        x = [y.transpose(1, 2).contiguous().transpose(1, 2) for y in x]
+    for leaf in (x[0], x[0].clone().requires_grad_()):
+        for _ in range(2):
+            for y in attention_jvp(leaf, *x[1:], return_stats=True):
+                assert not y._is_view()
+                y.mul_(2.0)
+    function = scm_kernels.scaled_dot_product_attention
+    right = attention_jvp(*x)
+    actual = torch.func.jvp(lambda *y: function(*y).mul_(2.0), tuple(x[:3]), tuple(x[3:]))
+    for one, other in zip(actual, right, strict=True):
+        assert torch.equal(one, 2 * other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_checkpoint_around_the_first_call_of_a_kind(dtype, masked):

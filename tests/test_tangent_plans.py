@@ -81,6 +81,17 @@ def test_a_call_after_another_that_differs_in_one_thing(function):
         torch.testing.assert_close(actual.double(), right, rtol=tolerance, atol=tolerance)
 
 
+def test_a_tangent_may_be_written_to():
+    """The first one of a kind too: none is a view."""
+    weight = torch.ones(1, requires_grad=True)
+    for x in (draw(), draw(3, 40), draw(3), *variants()):
+        for _ in range(2):
+            with torch.no_grad():
+                g = tangent(x)
+            assert not g._is_view()
+            g.detach_().mul_(weight.to(g.dtype))
+
+
 def test_another_mean_after_the_losses():
     x = draw()
     for _ in range(2):

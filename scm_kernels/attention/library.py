@@ -38,10 +38,8 @@ dual_level: ContextVar[Tensor | None] = ContextVar("scm_kernels_dual_level", def
 def _allocate(q, v, mask) -> tuple[Tensor | None, ...]:
     """The outputs; out lies in memory as q does ([B, M, H, D] or [B, H, M, D])."""
     (b, h, m, _), e = q.shape, v.shape[3]
-    if q.stride(1) < q.stride(2):
-        out = q.new_empty(b, m, h, e).transpose(1, 2)
-    else:
-        out = q.new_empty(b, h, m, e)
+    rows = (e, h * e) if q.stride(1) < q.stride(2) else (m * e, e)
+    out = q.new_empty_strided((b, h, m, e), (h * m * e, *rows, 1))  # no view: it may be written to
     lse = q.new_empty(b, h, m, dtype=_stats_dtype(q))
     low = torch.empty_like(lse) if _needs_low(q, mask) else None
     return out, torch.empty_like(out), lse, torch.empty_like(lse), low
@@ -281,6 +279,7 @@ class _AttentionBackward(_library.Function):
         causal, scale, wanted = ctx.options
         saved = list(ctx.saved_tensors)
         moving = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
+        wide = _stats_dtype(cotangents[0])
 
         def gradient(*values):
             for i, value in zip(moving, values, strict=True):
@@ -288,8 +287,10 @@ class _AttentionBackward(_library.Function):
             return _dense_gradient(saved[:2], saved[2:], causal, scale, wanted)
 
         # Not a vjp: in what the gradient does not depend on, that fails inside of other transforms.
+        # And not in half types, where a fake product has other strides than a real one.
         def paired(*values):
-            return sum((x * c).sum() for x, c in zip(gradient(*values), cotangents, strict=True))
+            pairs = zip(gradient(*values), cotangents, strict=True)
+            return sum((x.to(wide) * c.to(wide)).sum() for x, c in pairs)
 
         gradients = [None] * len(saved)
         every = torch.func.grad(paired, argnums=tuple(range(len(moving))))

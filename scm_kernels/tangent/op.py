@@ -89,7 +89,8 @@ def normalized_tangent(
         *inputs, options.t, options.warmup, *options.numbers, options.backend
     )
     _remember(kind, tensors, options)
-    return _from_rows(tangent, output.shape, order).to(output.dtype)
+    # Detached, or it would be a view, which not everything may be written to.
+    return _from_rows(tangent, output.shape, order).to(output.dtype).detach()
 
 
 def consistency_loss(

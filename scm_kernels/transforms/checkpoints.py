@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from scm_kernels._checkpoint import selects, unrecorded
-from scm_kernels._duals import Dual, apart, as_constant, has_tangent, jvp_at_work, outside, together
+from scm_kernels._duals import (
+    Dual,
+    apart,
+    as_constant,
+    has_tangent,
+    jvp_at_work,
+    outside,
+    together,
+    unwrapped,
+)
 from scm_kernels.transforms.functions import (
     DECOMPOSED,
     IN_PLACE,
@@ -77,14 +86,27 @@ def _beside(func, level: int, args, kwargs):
 
 
 def _constant(func, level: int, args, kwargs):
-    """What is constant as the checkpoint will compute it again, without a transform about."""
+    """What is constant as the checkpoint will compute it again, without a transform about. What is
+    an input, or a view of one, stays that: a tangent may be written to it."""
     values, options = _primals(level, args, kwargs)
     inputs, there = (pytree.tree_leaves(x) for x in ((args, kwargs), (values, options)))
-    if any(map(_has_graph_here, inputs, there)):
+    if any(map(_has_graph_here, inputs, there)) or is_in_place(func, args, kwargs):
         return NotImplemented
     with outside():
         out = func(*values, **options)
+    if not _memory(out).isdisjoint(_memory(there)):
+        return NotImplemented
     return pytree.tree_map_only(Tensor, lambda x: as_constant(x, level), out)
+
+
+def _memory(tree) -> set[int]:
+    """Where the tensors among these are."""
+    tensors = map(unwrapped, (x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)))
+    return {
+        x.untyped_storage().data_ptr()
+        for x in tensors
+        if x.layout is torch.strided and not x.is_nested
+    }
 
 
 def _primals(level: int, args, kwargs):

@@ -11,9 +11,14 @@ from contextlib import nullcontext
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
 
+from scm_kernels import _checks
 from scm_kernels._checkpoint import unrecorded
 from scm_kernels._duals import primals, unpack
+
+_BROADCASTING = frozenset({torch.matmul, Tensor.__rmatmul__})
 
 
 def tangent_context(mode):
@@ -26,7 +31,7 @@ def on_primals(mode, func, *operands, composite: bool = False):
 
     In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
-    which saves results of its own, those too. functorch's transforms end before.
+    which saves results or copies of its own, those too. functorch's transforms end before.
     """
     if mode.apart:
         return func(*map(primals, operands))
@@ -51,7 +56,8 @@ def bilinear(func, *names: str):
             return func(x, w, *bias, *rest, **kwargs)
 
         padded = any(isinstance(option, str) for option in (*rest, *kwargs.values()))
-        out = on_primals(mode, call, *operands, composite=padded)
+        composite = padded or (not mode.apart and _saves_copies(func, operands))
+        out = on_primals(mode, call, *operands, composite=composite)
         t_biases = [tb for _, tb in biases]
         with tangent_context(mode):
             if tx is None and tw is None:
@@ -66,6 +72,16 @@ def bilinear(func, *names: str):
     return rule
 
 
+def _saves_copies(func, operands) -> bool:
+    """Whether a function may save for its gradient what it has made of an operand."""
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    if any(map(_checks.under_autocast, tensors)):
+        return True
+    if func is F.linear:
+        return not tensors[0].is_contiguous()
+    return func in _BROADCASTING and any(x.ndim != 2 for x in tensors)
+
+
 def einsum(mode, equation, *operands):
     """The product rule for `torch.einsum(equation, *operands)`."""
     if not isinstance(equation, str):  # the form with sublists
@@ -75,9 +91,8 @@ def einsum(mode, equation, *operands):
     if len(operands) == 1:  # no product; and what may be a view has to stay one
         return NotImplemented
     parts, tangents = zip(*map(unpack, operands), strict=True)
-    composite = len(operands) > 2
     out = on_primals(
-        mode, lambda *operands: torch.einsum(equation, *operands), *operands, composite=composite
+        mode, lambda *operands: torch.einsum(equation, *operands), *operands, composite=True
     )
     with tangent_context(mode):
         t_out = None
