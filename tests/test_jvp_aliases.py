@@ -70,6 +70,19 @@ def test_constants_of_a_vmap_around_the_jvp_in_a_checkpoint():
     close(tuple(ours), tuple(run(stock_jvp, lambda f: f)), 1e-13)
 
 
+def test_constants_without_elements_in_a_checkpoint_are_no_aliases():
+    empty, weight = torch.zeros(0, 3, dtype=torch.float64), SQUARE[0]
+
+    def function(x):
+        return (F.layer_norm(empty, (3,), weight).sum() + (empty @ SQUARE).sum() + x) * weight
+
+    x, tx = torch.randn(2, 3, dtype=torch.float64)
+    kept = lambda x: checkpoint(function, x, use_reentrant=False)  # noqa: E731
+    ours, stock = scm_kernels.jvp(kept, (x,), (tx,)), stock_jvp(function, (x,), (tx,))
+    close(tuple(ours), tuple(stock), 1e-13)
+    close(*(torch.autograd.grad(y[0].sum(), SQUARE)[0] for y in (ours, stock)), 1e-13)
+
+
 SAVED = {
     "linear": lambda x: F.linear(x, WIDE),
     "linear, transposed": lambda x: F.linear(x.mT, SQUARE),

@@ -62,6 +62,11 @@ def _returned(outputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return (*others, others[2].new_empty(*others[2].shape[:2], 0) if low is None else low)
 
 
+def _needed(low: Tensor | None) -> Tensor | None:
+    """An lse_low that an op has returned, None if nobody needs it."""
+    return None if low is None or low.shape[2] == 0 else low
+
+
 def _stats_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -130,7 +135,7 @@ class _Attention(_library.Function):
         ctx.set_materialize_grads(False)
         stats = (lse, mu) if low is None else (lse, mu, low)
         # As many as a call of a known kind: a checkpoint counts them, and computes by such a call.
-        used = None if low is None or low.shape[2] == 0 else low
+        used = _needed(low)
         if tangent_grad:
             ctx.mark_non_differentiable(*stats)
             ctx.save_for_backward(*tensors, out, t_out, lse, mu, used)
@@ -248,8 +253,8 @@ def _backward(dout, dt_out, *args):
         causal,
         scale,
         *(_rowwise(out), _rowwise(t_out)),
-        *(None if x is None else x.contiguous() for x in (lse, mu)),  # vmap expands them
-        None if low is None or low.shape[2] == 0 else low.contiguous(),
+        # vmap expands them.
+        *(None if x is None else x.contiguous() for x in (lse, mu, _needed(low))),
         *(_rowwise(dout), _rowwise(dt_out)),
         *gradients,
     )

@@ -100,12 +100,10 @@ def _constant(func, level: int, args, kwargs):
 
 
 def _memory(tree) -> set[int]:
-    """Where the tensors among these are."""
+    """The storages of the tensors among these; those of empty ones have one address."""
     tensors = map(unwrapped, (x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)))
     return {
-        x.untyped_storage().data_ptr()
-        for x in tensors
-        if x.layout is torch.strided and not x.is_nested
+        x.untyped_storage()._cdata for x in tensors if x.layout is torch.strided and not x.is_nested
     }
 
 

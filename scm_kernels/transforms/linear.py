@@ -91,6 +91,7 @@ def einsum(mode, equation, *operands):
     if len(operands) == 1:  # no product; and what may be a view has to stay one
         return NotImplemented
     parts, tangents = zip(*map(unpack, operands), strict=True)
+    # Composite: what is multiplied may be copies, permuted or summed.
     out = on_primals(
         mode, lambda *operands: torch.einsum(equation, *operands), *operands, composite=True
     )
