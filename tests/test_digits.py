@@ -284,17 +284,6 @@ def test_resume_refuses_a_flag_that_contradicts_the_checkpoint(tmp_path, capsys)
 # --- whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_readme_has_the_stored_runs(seed):
-    """Which are of the settings as they are."""
-    stored = json.loads((ROOT / f"examples/digits/results/seed-{seed}.json").read_text())
-    assert stored["config"] == json.loads(json.dumps(RunConfig(seed=seed).to_dict()))
-    cells = [f"{row['frechet']:.3f} +/- {row['noise']:.3f}" for row in stored["rows"]]
-    ratio = stored["two_steps_against_teacher"]
-    cells.append(f"{ratio['frechet_ratio']:.2f} +/- {ratio['frechet_ratio_noise']:.2f}")
-    assert " | ".join([f"\n| {seed}", *cells]) + " |\n" in (ROOT / "README.md").read_text()
-
-
 def command(out: Path, *flags: str, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
