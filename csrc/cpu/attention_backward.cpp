@@ -117,7 +117,7 @@ class Backward {
       const Cover cover = mask_tile(inputs_.mask, p_.causal, tile, bias_);
       if (cover == Cover::kAll) continue;
       products(tile);
-      gradients(tile, cover);
+      gradients(tile, cover, last <= kKeys);
       scatter(tile);
       add_to_mask(matrix(p_.dmask, b, h), tile, a_);
       add_to_mask(matrix(p_.dtmask, b, h), tile, b_);
@@ -207,54 +207,92 @@ class Backward {
     }
   }
 
-  void gradients(const Tile& tile, Cover cover) {
+  // `whole`: the rows see no keys but this tile's.
+  void gradients(const Tile& tile, Cover cover, bool whole) {
     const bool masked = cover == Cover::kSome || p_.tmask;
     if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
     for (int64_t column = 0; column < columns_; column += kLanes) {
       if (dto_) {
-        masked ? gradients_of<true, true>(tile.keys, column)
-               : gradients_of<true, false>(tile.keys, column);
+        masked ? gradients_of<true, true>(tile.keys, column, whole)
+               : gradients_of<true, false>(tile.keys, column, whole);
       } else {
-        masked ? gradients_of<false, true>(tile.keys, column)
-               : gradients_of<false, false>(tile.keys, column);
+        masked ? gradients_of<false, true>(tile.keys, column, whole)
+               : gradients_of<false, false>(tile.keys, column, whole);
       }
     }
   }
 
+  // What is known of one vector of rows, and of their weights for one key.
+  struct Rows {
+    VecF lse, low, mu, beta, delta;
+  };
+  struct Weights {
+    VecF p, x, b, a;  // P, T - mu, B - beta, A - delta
+  };
+
+  template <bool kBoth, bool kMasked>
+  Weights weights(int64_t at, const Rows& rows) const {
+    const VecF dead = broadcast(-__builtin_inff());
+    VecF s = rounded(load<VecF>(s_ + at) * p_.scale);
+    VecF t{}, b{};
+    if constexpr (kMasked) {
+      const VecF bias = load<VecF>(bias_ + at);
+      s = bias == dead ? dead : s + bias;
+    }
+    if constexpr (kBoth) {
+      t = load<VecF>(t_ + at) * p_.scale;
+      if constexpr (kMasked) {
+        if (p_.tmask) t += load<VecF>(t_bias_ + at);
+        t = s == dead ? VecF{} : t;
+      }
+      b = load<VecF>(b_ + at) - rows.beta;
+    }
+    const VecF p = exp_nonpositive(s - rows.lse - rows.low);
+    return {p, t - rows.mu, b, load<VecF>(a_ + at) - rows.delta};
+  }
+
+  // mu, beta and delta of rows all of whose keys are here, as sums of the very numbers that they
+  // are taken from: where one key takes all, those cancel to the last digit, as in eager's formula.
+  template <bool kBoth, bool kMasked>
+  void centre(int64_t keys, int64_t column, Rows& rows) const {
+    if constexpr (kBoth) {
+      VecF mu{}, beta{};
+      for (int64_t key = 0; key < keys; ++key) {
+        const Weights w = weights<kBoth, kMasked>(key * pitch_ + column, rows);
+        mu += w.p * w.x, beta += w.p * w.b;
+      }
+      rows.mu += mu, rows.beta += beta;
+    }
+    VecF delta{};
+    for (int64_t key = 0; key < keys; ++key) {
+      const Weights w = weights<kBoth, kMasked>(key * pitch_ + column, rows);
+      delta += w.p * (w.a + w.b * w.x);
+    }
+    rows.delta += delta;
+  }
+
   // P, tP, gT, gS of one vector of rows, from S, T, B, A.
   template <bool kBoth, bool kMasked>
-  void gradients_of(int64_t keys, int64_t column) {
-    const VecF dead = broadcast(-__builtin_inff());
-    const VecF lse = load<VecF>(lse_ + column), low = load<VecF>(low_ + column);
-    const VecF mu = load<VecF>(mu_ + column);
-    const VecF beta = load<VecF>(beta_ + column), delta = load<VecF>(delta_ + column);
+  void gradients_of(int64_t keys, int64_t column, bool whole) {
+    Rows rows{load<VecF>(lse_ + column), load<VecF>(low_ + column), load<VecF>(mu_ + column),
+              load<VecF>(beta_ + column), load<VecF>(delta_ + column)};
+    if (whole) centre<kBoth, kMasked>(keys, column, rows);
     for (int64_t key = 0; key < keys; key += Element::kPerElement) {
       VecF p[2] = {}, tp[2] = {}, gt[2] = {}, gs[2] = {};
       SCM_UNROLL
       for (int i = 0; i < Element::kPerElement; ++i) {
         if (key + i >= keys) break;
         const int64_t at = (key + i) * pitch_ + column;
-        VecF x = rounded(load<VecF>(s_ + at) * p_.scale);
-        if constexpr (kMasked) {
-          const VecF bias = load<VecF>(bias_ + at);
-          x = bias == dead ? dead : x + bias;
-        }
-        p[i] = exp_nonpositive(x - lse - low);
-        VecF gradient = load<VecF>(a_ + at) - delta;
+        const Weights w = weights<kBoth, kMasked>(at, rows);
+        p[i] = w.p;
+        VecF gradient = w.a;
         if constexpr (kBoth) {
-          VecF y = load<VecF>(t_ + at) * p_.scale;
-          if constexpr (kMasked) {
-            if (p_.tmask) y += load<VecF>(t_bias_ + at);
-            y = x == dead ? VecF{} : y;
-          }
-          y -= mu;
-          const VecF b = load<VecF>(b_ + at) - beta;
-          gradient += b * y;
-          tp[i] = p[i] * y;
-          gt[i] = p[i] * b;
+          gradient += w.b * w.x;
+          tp[i] = w.p * w.x;
+          gt[i] = w.p * w.b;
           if (p_.dtmask) store(b_ + at, gt[i]);
         }
-        gs[i] = p[i] * gradient;
+        gs[i] = w.p * gradient;
         if (p_.dmask) store(a_ + at, gs[i]);
       }
       put(p, key, column, p_tile_, pitch_);

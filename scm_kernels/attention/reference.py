@@ -33,7 +33,9 @@ Backward, with cotangents dO and dtO, and the same tiles:
     dtQ = scale gT K                dtK = scale gT^T Q                  dtV = P^T dtO
     dmask = gS                      dtmask = gT
 
-T enters a gradient as T - mu alone, for the same reason as c.
+T enters a gradient as T - mu alone, for the same reason as c. Where rows see the keys of one tile
+alone, mu, beta and delta are summed again, of the very T, B and A that they are taken from: where
+one key takes all, those cancel to the last digit, as in eager's formula.
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -271,12 +273,17 @@ def backward(problem: Backward) -> None:
         for x in (getattr(problem, name),)
     }
     for rows in tiles.row_tiles():
-        row = _RowGradient(tiles, rows)
-        for keys in tiles.key_tiles(rows):
-            row.add(keys, sums)
+        row, key_tiles = _RowGradient(tiles, rows), list(tiles.key_tiles(rows))
+        for keys in key_tiles:
+            row.add(keys, sums, whole=len(key_tiles) == 1)
     for name, total in sums.items():
         if total is not None:
             getattr(problem, name).copy_(total)
+
+
+def _centred(x: Tensor, p: Tensor) -> Tensor:
+    """x less its mean under p, which is what rounding has left of one that was taken off before."""
+    return x - (p * x).sum(-1, keepdim=True)
 
 
 class _RowGradient:
@@ -299,22 +306,25 @@ class _RowGradient:
             products = (self.dto * t_out).masked_fill(self.dto == 0, 0.0)
             self.delta += products.sum(-1, keepdim=True)
 
-    def add(self, keys: slice, sums: dict[str, Tensor | None]) -> None:
+    def add(self, keys: slice, sums: dict[str, Tensor | None], *, whole: bool) -> None:
+        """`whole`: the rows see no keys but these."""
         tiles, do, dto = self.tiles, self.do, self.dto
         s, t, _ = tiles.scores(self.q, self.tq, self.span, keys)
         p = tiles.probabilities(s.flatten(2, 3), self.span)
         v = tiles.v[:, :, keys]
         a = torch.zeros_like(p) if do is None else do @ v.mT
         grad_t = t_p = None
-        if dto is None:
-            grad_s = p * (a - self.delta)
-        else:
+        if dto is not None:
             if tiles.tv is not None:
                 a = a + dto @ tiles.tv[:, :, keys].mT
             t = torch.zeros_like(p) if t is None else t.flatten(2, 3) - self.mu
-            t_p = p * t
-            grad_t = p * (dto @ v.mT - self.beta)
-            grad_s = p * (a - self.delta) + grad_t * t
+            b = dto @ v.mT - self.beta
+            if whole:
+                t, b = _centred(t, p), _centred(b, p)
+            t_p, grad_t = p * t, p * b
+            a = torch.addcmul(a, b, t)
+        a = a - self.delta
+        grad_s = p * (_centred(a, p) if whole else a)
         self._scatter(keys, sums, p, t_p, grad_s, grad_t)
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:

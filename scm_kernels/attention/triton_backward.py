@@ -100,7 +100,7 @@ def _add_queries(
         inside = rows < M
         if META.CAUSAL:
             live = rows[None, :] >= at[:, None]
-        if sum_q is not None:  # a key out of bounds must not spoil them
+        if sum_q is not None or META.WHOLE:  # a key out of bounds must not spoil sums over the keys
             known = (at < N)[:, None]
             live = known if live is None else live & known
     q, tq, do, dto = gradients.load_queries(x, batch, head, row, inside, META)
@@ -115,14 +115,15 @@ def _add_queries(
         tmask = gradients.load_mask(x.tmask, batch, head, row, key, M, N, True, BOUNDS, META)
         t = gradients.product(k, tq, None, META.SCORES)
         t = gradients.product(tk, q, t, META.SCORES)
-        centred = gradients.centred(t, tmask, mu, scale)
+        centred = gradients.centred(t, tmask, mu, scale, p, 0, META)
         if centred is not None:
             dv = gradients.add_product(dv, p * centred, dto, P)
         g_t = p * (gradients.product(v, dto, None, P) - beta)
+        g_t = gradients.balanced(g_t, p, 0, META)
         dk = gradients.add_product(dk, g_t, tq, P)
     beside = gradients.beside_a(p, delta, g_t, centred)
     a = gradients.product(tv, dto, gradients.product(v, do, None, P), P)
-    g_s = gradients.gradient_of_scores(p, a, delta, beside)
+    g_s = gradients.balanced(gradients.gradient_of_scores(p, a, delta, beside), p, 0, META)
     dk = gradients.add_product(dk, g_s, q, P)
     if sum_q is not None:
         _add_to_queries(sum_q, g_s, g_t, k, tk, batch * H + head, row, x.padded, META)

@@ -171,7 +171,7 @@ def _pass(
     raw = p.lse_low is not None and p.mask is None and p.scale != 0.0
     meta = Meta(
         *(row.features(d), row.features(e), vec, p.causal, products, scores),
-        *(row.block_m, row.block_n, raw),
+        *(row.block_m, row.block_n, raw, n <= row.block_n and p.q.dtype == torch.float32),
     )
     row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
     numbers = m, n, h, h // hk, p.scale

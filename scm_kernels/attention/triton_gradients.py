@@ -57,6 +57,7 @@ class Meta(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     RAW: bool  # lse is that of scores without their scale
+    WHOLE: bool  # one tile has all keys, in float32: in half types it is lost in their rounding
 
 
 # --- loads
@@ -176,8 +177,9 @@ def probabilities(s, mask, live, lse, scale, RAW: tl.constexpr):
 
 
 @triton.jit
-def centred(t, tmask, mu, scale):
-    """X = T - mu from raw products; None: the scores have no tangent, and mu is 0."""
+def centred(t, tmask, mu, scale, p, AXIS: tl.constexpr, META: tl.constexpr):
+    """X = T - mu from raw products, less what rounding has left of rowsum(P X) where one tile has
+    all keys (over AXIS); None: the scores have no tangent, and mu is 0."""
     x = None
     if t is not None:
         x = t * scale - mu
@@ -185,6 +187,8 @@ def centred(t, tmask, mu, scale):
             x += tmask.to(tl.float32)
     elif tmask is not None:
         x = tmask.to(tl.float32) - mu
+    if META.WHOLE and x is not None:
+        x -= tl.sum(p * x, AXIS, keep_dims=True)
     return x
 
 
@@ -204,6 +208,14 @@ def gradient_of_scores(p, a, delta, beside):
 
 
 @triton.jit
+def balanced(g, p, AXIS: tl.constexpr, META: tl.constexpr):
+    """g of scores, whose sum over the keys is 0, but for rounding: where one tile has all of them
+    (over AXIS), that is taken off. So a key that takes all has no gradient, as in eager's formula.
+    """
+    return g - p * tl.sum(g, AXIS, keep_dims=True) if META.WHOLE else g
+
+
+@triton.jit
 def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr):
     """(gS, gT) of a tile [M, N]; gT is () without a dtO."""
     P: tl.constexpr = META.PRECISION
@@ -213,9 +225,9 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
     p = probabilities(product(q, k, None, META.SCORES), mask, live, lse, scale, META.RAW)
     g_t, x = (), None
     if len(dto) > 0:
-        g_t = p * (product(dto, v, None, P) - beta)
+        g_t = balanced(p * (product(dto, v, None, P) - beta), p, 1, META)
         t = product(q, tk, product(tq, k, None, META.SCORES), META.SCORES)
-        x = centred(t, tmask, mu, scale)
+        x = centred(t, tmask, mu, scale, p, 1, META)
     beside = beside_a(p, delta, g_t, x)
     a = product(dto, tv, product(do, v, None, P), P)
-    return gradient_of_scores(p, a, delta, beside), g_t
+    return balanced(gradient_of_scores(p, a, delta, beside), p, 1, META), g_t
