@@ -11,7 +11,8 @@ Nothing else changes: `run` below finds the file, asks it, and calls it. A backe
 for a step has `plan_<step>(problem)` in its place: it returns what runs this problem and all that
 differ from it in their numbers alone. `cuda.py` may have `yields(problem)`, which says where
 Triton's kernels are faster. `DETAILS` may hold a function that gives what else `backends()` tells
-about a backend, such as an instruction set.
+about a backend, such as an instruction set; `FAULTS` one that gives why a backend that is there
+does not work, which only who asks for that backend has to wait for.
 """
 
 import importlib
@@ -33,6 +34,7 @@ DETAILS = {
     "triton": lambda: _triton.describe(),
     "cpu": _native.instruction_set,
 }
+FAULTS = {"cuda": lambda: _cuda.fault()}
 ENVIRONMENT = "SCM_KERNELS_BACKEND"
 
 _forced: ContextVar[str] = ContextVar("scm_kernels_backend", default="")
@@ -186,6 +188,9 @@ def _status(name: str) -> str:
         _, reason = _implementation(op, name)
         reasons[op] = reason
     served = [op for op, reason in reasons.items() if reason is None]
+    fault = FAULTS[name]() if served and name in FAULTS else None
+    if fault is not None:
+        return f"not available: {fault}"
     if served:
         details = DETAILS[name]() if name in DETAILS else ""
         return f"available ({'; '.join(filter(None, [', '.join(served), details]))})"

@@ -10,7 +10,7 @@ from scm_kernels import _native, _triton
 
 
 def unavailable() -> str | None:
-    """Why no CUDA kernel runs on this machine, None if one does."""
+    """Why no CUDA kernel runs on this machine, None if one may: `fault` asks the driver."""
     if torch.version.hip is not None:
         return "PyTorch is built for ROCm here, and the kernels are for NVIDIA's GPUs"
     reasons = []
@@ -21,7 +21,16 @@ def unavailable() -> str | None:
             "this installation has no CUDA kernels; with NVIDIA's nvcc, "
             "`SCM_KERNELS_BUILD=cuda pip install .` in the source tree builds them or says why not"
         )
-    return ", and ".join(reasons) or _error(torch.cuda.current_device())
+    return ", and ".join(reasons) or None
+
+
+def fault() -> str | None:
+    """What the driver has against the kernels on the current GPU.
+
+    It wants a context there, which a call with tensors on a CPU is not to make, and a forked
+    process cannot.
+    """
+    return _error(torch.cuda.current_device())
 
 
 def refuses(x: Tensor) -> str | None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.autograd.profiler as profiler
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -109,6 +110,7 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing but autograd has to see a call with these tensors."""
     if (
         torch.compiler.is_compiling()
+        or profiler._is_profiler_enabled  # which knows ops by the dispatcher
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None

@@ -284,6 +284,23 @@ def test_double_backward_of_nothing(nothing):
         torch.testing.assert_close(gradient, torch.zeros_like(leaf))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_without_keys(backend, monkeypatch):
+    """Are zeros, every element of them, that of a mask too."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    device, shapes = device_of(backend), ((2, 2, 3, 4), (2, 2, 0, 4), (2, 2, 0, 4), (2, 3, 1))
+    q, k, v, mask = leaves = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with scm_kernels.backend(backend):
+            out, t_out = attention_jvp(q, k, v, q, k, v, attn_mask=mask, t_attn_mask=mask)
+            gradients = torch.autograd.grad((out, t_out), leaves, [out + 1, out + 1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x in (out, t_out, *gradients):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

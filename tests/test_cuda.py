@@ -91,9 +91,26 @@ def test_a_driver_that_is_older_than_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     _cuda._error.cache_clear()
     try:
-        assert _cuda.unavailable() == "its kernels do not run on GPU 0 (old)"
+        fault = "its kernels do not run on GPU 0 (old)"
+        assert _backends._status("cuda") == f"not available: {fault}"
+        monkeypatch.setattr(_triton, "refuses_device", lambda x: None)
+        assert _cuda.refuses(SimpleNamespace(device=SimpleNamespace(index=0))) == fault
     finally:
         _cuda._error.cache_clear()
+        _backends.forget()
+
+
+def test_a_call_on_a_cpu_makes_no_context_on_a_gpu(monkeypatch):
+    """It would take memory there, and fail in a forked process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda, "built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was initialised"))
+    _backends.forget()
+    try:
+        scm_kernels.consistency_loss(*torch.randn(4, 2, 8), torch.rand(2))
+        scm_kernels.attention_jvp(*torch.randn(6, 1, 2, 5, 8))
+    finally:
+        _backends.forget()
 
 
 @without_gpu

@@ -189,6 +189,11 @@ PEAK = """if True:
     outputs = call(8192)
     print(status("VmHWM") - before - sum(y.nbytes for y in outputs))
 """
+PEAK_OF_BACKWARD = PEAK.replace("set_num_threads(2)", "set_num_threads(64)").replace(
+    "        return scm_kernels.attention_jvp(*(y[:, :, :n] for y in x), return_stats=True)",
+    """        leaves = [y[:, :, :n].requires_grad_() for y in x]
+        return torch.autograd.grad(sum(scm_kernels.attention_jvp(*leaves)).sum(), leaves)""",
+)
 
 
 @needs_module
@@ -196,6 +201,14 @@ PEAK = """if True:
 def test_scratch_memory_does_not_grow_with_the_length():
     """Two threads: 2 MB each. A row of the scores of each query would be 256 MB."""
     assert int(script(PEAK)) < 2 * 2e6
+
+
+@needs_module
+@linux
+def test_sums_of_many_threads_do_not_grow_with_both_lengths():
+    """64 threads: sums of 64 MiB, and 1 MB each, beside out, t_out and their cotangents. With sums
+    of its own for each thread it would be 0.5 GB."""
+    assert int(script(PEAK_OF_BACKWARD)) < (64 << 20) + 64e6 + 6 * 4 * 8192 * 64
 
 
 NO_MEMORY = """if True:

@@ -37,6 +37,18 @@ def check(x, **options):
         torch.testing.assert_close(actual.double(), right, rtol=2e-2, atol=2e-2)
 
 
+def test_a_profiler_sees_the_ops():
+    """Which calls of a known kind do not bring before the dispatcher."""
+    x = [y.requires_grad_() for y in tensors()]
+    for _ in range(2):
+        with torch.profiler.profile() as profile:
+            attention_jvp(*x)[0].sum().backward()
+        events = {event.key for event in profile.key_averages()}
+        assert events >= {f"scm_kernels::attention_jvp{step}" for step in ("", "_backward")}
+    for _ in range(2):
+        check(x)
+
+
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(_plans.Plans, "MOST", 3)
     plans = _plans.Plans()

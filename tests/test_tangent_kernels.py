@@ -189,6 +189,18 @@ def test_sums_do_not_drift(backend, shape):
     torch.testing.assert_close(squares_of(inputs, t, backend), truth, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("batch", [1, 40])
+def test_one_size_after_another(backend, batch):
+    """What a kernel was given for one size is not what the next one needs."""
+    for size in (20_736, 24_576, 20_736, 25_601, 60_000, 65_536):
+        inputs, t = make((batch, size))
+        g = combined(inputs, coefficients_of("paper", t))
+        truth = g / (g.norm(dim=1, keepdim=True) + 0.1)
+        torch.testing.assert_close(
+            normalize(inputs, t, backend).double(), truth, rtol=1e-4, atol=1e-7
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(backend, dtype):
     """Rows apart, rows repeated, a start that no vector is aligned to, one tensor twice."""

@@ -9,6 +9,10 @@ namespace {
 
 constexpr int64_t kRows = 64;  // queries a tile
 
+// Each part of the queries has sums of its own over all keys. On many threads, that is no more than
+// this many floats, 64 MiB, or the sums of this many parts: it does not grow with M N.
+constexpr int64_t kMostFloats = 1 << 24, kFewParts = 4;
+
 // Sums over the queries, of one part of one (batch, key head): [n, width] each, or absent.
 struct KeySums {
   float *dk, *dtk, *dv, *dtv;
@@ -31,11 +35,15 @@ struct Plan {
     heads = shared(1) ? p.hk : 1;
     tiles = (p.m + kRows - 1) / kRows;
     const int64_t jobs = p.b / batches * (p.hk / heads), wanted = 4 * p.threads;
-    parts = p.threads == 1 || jobs >= wanted || shared(2)
-                ? 1
-                : least((wanted + jobs - 1) / jobs, tiles);
     d = round_up(p.d, kLanes), e = round_up(p.e, kLanes);
     part_floats = p.n * (d * (bool(p.dk) + bool(p.dtk)) + e * (bool(p.dv) + bool(p.dtv)));
+    parts = 1;
+    if (p.threads == 1 || jobs >= wanted || shared(2)) return;
+    const int64_t floats = p.b * p.hk * part_floats;
+    const int64_t most = floats * kFewParts > kMostFloats ? kFewParts
+                         : floats > 0                     ? kMostFloats / floats
+                                                          : tiles;
+    parts = least(least((wanted + jobs - 1) / jobs, tiles), most);
   }
 
   int64_t jobs(const AttentionBackward& p) const { return p.b / batches * (p.hk / heads) * parts; }

@@ -1,8 +1,8 @@
 #include "queue.h"
 
 #include <limits>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 namespace scm {
@@ -10,16 +10,17 @@ namespace cuda {
 
 namespace {
 
-// A kernel may take more than 48 KiB of shared memory where it has been asked for: once for each
-// kernel and device, as it takes longer than a launch.
+// A kernel may take more than 48 KiB of shared memory where so much has been asked for, on a
+// device: not at every launch, as it takes longer than that.
 cudaError_t allow_shared(const void* kernel, int device, int bytes) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::map<std::pair<const void*, int>, int> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) > 0) return cudaSuccess;
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) allowed.insert({kernel, device});
+  if (error == cudaSuccess) most = bytes;
   return error;
 }
 

@@ -245,7 +245,7 @@ def _fake_backward(*args):
 def _backward(dout, dt_out, *args):
     *tensors, out, t_out, lse, mu, low, causal, scale, _wanted, backend = args
     gradients = _empty_backward(dout, dt_out, *args)
-    if 0 in lse.shape:
+    if 0 in (*lse.shape, tensors[1].shape[2]):  # rows or keys
         return [x.zero_() for x in gradients if x is not None]
     problem = Backward(
         *(_rowwise(x) for x in tensors[:6]),
