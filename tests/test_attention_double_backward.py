@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, jacrev, vjp, vmap
 
-from scm_kernels import attention_jvp
+from scm_kernels import attention_jvp, scaled_dot_product_attention
 from scm_kernels.attention import reference
 
 NAMES = ("query", "key", "value", "t_query", "t_key", "t_value")
@@ -63,3 +63,22 @@ def test_gradients_of_gradients(have, through, wanted, by):
     torch.testing.assert_close(ours(x[i]), stock(x[i]), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(vmap(ours)(many), vmap(stock)(many), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(jacrev(ours)(x[i]), jacrev(stock)(x[i]), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 5])
+def test_a_vectorised_jacobian_in_forward_mode(rank):
+    """By PyTorch's older vmap, which has rules for some views alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, *(1,) * (rank - 2), 3, 2, dtype=torch.float64)
+    mask = torch.randn(*(1,) * (rank - 2), 3, 3, dtype=torch.float64)
+
+    def eager(q, mask):
+        return (q @ k.mT / 2**0.5 + mask).softmax(-1) @ v
+
+    def ours(q, mask):
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    options = {"vectorize": True, "strategy": "forward-mode"}
+    pairs = [torch.autograd.functional.jacobian(f, (q, mask), **options) for f in (ours, eager)]
+    for actual, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, expected)

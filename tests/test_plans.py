@@ -140,6 +140,26 @@ def test_a_known_kind_sees_whether_a_gradient_is_wanted():
         torch.testing.assert_close(actual.grad.double(), right.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 3, 37, 37)])
+def test_a_mask_is_part_of_a_kind(shape):
+    q, k, v, tq, tk, tv = tensors()
+    for _ in range(2):
+        for mask in (torch.randn(shape), torch.rand(shape) < 0.5, torch.randn(shape)):
+            out, _ = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask)
+            right = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            torch.testing.assert_close(out, right)
+    assert len(op._calls) == 2
+
+
+@pytest.mark.parametrize("tangent", [0, 1, 2])
+def test_out_has_no_graph_where_tangents_alone_have_one(tangent):
+    x = tensors()
+    x[3 + tangent].requires_grad_()
+    for _ in range(2):
+        out, t_out = attention_jvp(*x)
+        assert (out.requires_grad, t_out.requires_grad) == (False, True)
+
+
 def test_outputs_of_a_known_kind():
     """Of the strides of the first ones, of memory of their own, and for autograd wherever it is on,
     though the first were made in inference mode."""

@@ -133,16 +133,18 @@ class _Attention(_library.Function):
         else:
             out, t_out, lse, mu, low = call.run(tensors)
         ctx.set_materialize_grads(False)
-        stats = (lse, mu) if low is None else (lse, mu, low)
+        constant = [lse, mu] if low is None else [lse, mu, low]
+        if not any(ctx.needs_input_grad[i] for i in _PRIMALS):
+            constant.append(out)  # which the tangents have no part in
         # As many as a call of a known kind: a checkpoint counts them, and computes by such a call.
         used = _needed(low)
         if tangent_grad:
-            ctx.mark_non_differentiable(*stats)
             ctx.save_for_backward(*tensors, out, t_out, lse, mu, used)
         else:
-            ctx.mark_non_differentiable(t_out, *stats)
+            constant.append(t_out)
             q, k, v, _, _, _, mask, _ = tensors
             ctx.save_for_backward(q, k, v, None, None, None, mask, None, out, None, lse, None, used)
+        ctx.mark_non_differentiable(*constant)
         ctx.options = causal, scale, backend
         ctx.level, ctx.in_older_vmap = dual_level.get(), _library.in_older_vmap.get()
         return out, t_out, lse, mu, low

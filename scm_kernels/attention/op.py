@@ -318,9 +318,14 @@ def _four_dimensions(tensors, lead, enable_gqa) -> list[Tensor | None]:
             if x.shape[:-3] != lead or x.shape[-3] != wanted[i % 3]:
                 x = x.expand(*lead, wanted[i % 3], *x.shape[-2:])
             if x.ndim != 4:
-                x = x[None] if x.ndim == 3 else x.flatten(0, -4)
+                x = x[None] if x.ndim == 3 else _batch_folded(x)
         result.append(x)
     return result
+
+
+def _batch_folded(x: Tensor) -> Tensor:
+    """[..., H, M, X] as [B, H, M, X]; PyTorch's older vmap has no rule for `flatten`."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def _heads(heads: list[int], enable_gqa: bool) -> tuple[int, int, int]:
@@ -354,12 +359,13 @@ def _four_dimensional_mask(name, mask, dtype, lead, shape) -> Tensor | None:
             f"{name}: got {_checks.describe(mask)}, expected a shape that broadcasts "
             f"to {list(full)}"
         )
-    mask = mask[(None,) * offset]
     if len(lead) == 0:
-        mask = mask[None]
-    elif len(lead) > 1:
+        offset += 1
+    if offset > 0:  # an index of nothing makes an alias, which PyTorch's older vmap has no rule for
+        mask = mask[(None,) * offset]
+    if len(lead) > 1:
         shared = all(m == 1 for m in mask.shape[:-3])
         mask = mask.expand(*((1,) * len(lead) if shared else lead), *mask.shape[-3:])
-        mask = mask.flatten(0, -4)
+        mask = _batch_folded(mask)
     # A float32 mask beside half inputs keeps its digits, as in PyTorch's own function.
     return mask.to(dtype) if mask.dtype == torch.float32 and dtype == torch.float64 else mask
