@@ -48,6 +48,9 @@ def backends() -> dict[str, str]:
     Returns:
         `{"reference": ..., "cpu": ..., "triton": ..., "cuda": ...}`; a value starts with
         "available" or with "not available" and the reason: "available (attention; avx512)".
+
+    Raises:
+        ValueError: `SCM_KERNELS_CPU_ISA` names an instruction set that is not here.
     """
     return {name: _status(name) for name in reversed(NAMES)}
 

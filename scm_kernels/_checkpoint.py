@@ -26,13 +26,16 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 # What was there when the jvp at work began: a checkpoint around it computes all of it again.
+# Other hooks of saved tensors, which may move them elsewhere, are to see what PyTorch saves alone.
 _around: ContextVar[tuple] = ContextVar("scm_kernels_around", default=(None, 0))
 
 
 @contextmanager
 def inside_of_a_jvp() -> Iterator[None]:
     """Where a new checkpoint is one inside of the jvp that begins here."""
-    token = _around.set((_hook(), _selecting()))
+    hook = _hook()
+    of_checkpoint = getattr(hook, "__module__", "") == torch.utils.checkpoint.__name__
+    token = _around.set((hook if of_checkpoint else None, _selecting()))
     try:
         yield
     finally:
@@ -40,7 +43,7 @@ def inside_of_a_jvp() -> Iterator[None]:
 
 
 def looks_on() -> bool:
-    """Whether a checkpoint inside of the jvp takes the place of what autograd saves."""
+    """Whether a checkpoint inside of the jvp, or another hook, is given what autograd saves."""
     return not torch.compiler.is_compiling() and _hook() not in (None, _around.get()[0])
 
 
@@ -50,11 +53,9 @@ def selects() -> bool:
 
 
 def _hook() -> Callable | None:
-    """The innermost checkpoint's, which is another for each of them."""
+    """The innermost of saved tensors, which is another for each checkpoint."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None or getattr(hooks[0], "__module__", "") != torch.utils.checkpoint.__name__:
-        return None
-    return hooks[0]
+    return None if hooks is None else hooks[0]
 
 
 def _selecting() -> int:

@@ -6,6 +6,7 @@ it is handed the parts of its dual tensors as they are outside of the jvp, compu
 it returns is made dual inside again.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._C._functorch import CInterpreter, CJvpInterpreterPtr, TransformType
 from torch._functorch.pyfunctorch import coerce_cinterpreter
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 _functorch = torch._C._functorch
 # Not those of `forward_ad`, which for the sake of an export take twice as long.
@@ -201,6 +203,15 @@ def require_grad(level: int, x: Tensor, requires_grad: bool = True) -> bool:
         with outside():
             x.requires_grad_(requires_grad)
     return True
+
+
+def register_hook(level: int, x: Tensor, hook: Callable) -> RemovableHandle:
+    """A hook of the gradient of x, where autograd records it: outside of the jvp of this level."""
+    if _functorch.maybe_get_level(x) != level:
+        return x.register_hook(hook)
+    x = _functorch.get_unwrapped(x)
+    with outside():
+        return x.register_hook(hook)
 
 
 def without_tangent_graph(x: object, level: int) -> object:

@@ -79,6 +79,8 @@ def interpolate(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
+
+    Source: Lu & Song, arXiv 2410.11081, section 3.
     """
     cos, sin = _cos_sin(x0, "x0", t, z=z)
     return _sum(cos, x0, sin, z)
@@ -87,7 +89,7 @@ def interpolate(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 def velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """dx_t/dt = cos t z - sin t x0: the diffusion target v_t, and dxdt of consistency training.
 
-    Arguments, result and errors are those of `interpolate`.
+    Arguments, result, errors and source are those of `interpolate`.
     """
     cos, sin = _cos_sin(x0, "x0", t, z=z)
     return _sum(cos, z, -sin, x0)

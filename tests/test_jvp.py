@@ -82,6 +82,7 @@ CALLS = [
     (torch.matmul, "rows", lambda p, x: torch.matmul(x[0], x[1])),  # a dot product
     (torch.mm, "rows", lambda p, x: torch.mm(x, p.square) + torch.mm(x, mat2=p.square)),
     (torch.bmm, "batch", lambda p, x: torch.bmm(x, x.cos().mT)),
+    (torch.linalg.matmul, "batch", lambda p, x: torch.linalg.matmul(x, x.cos().mT)),
     (torch.einsum, "batch", lambda p, x: torch.einsum("bij,jk->bik", x, p.square)),
     (torch.einsum, "batch", lambda p, x: torch.einsum("bij,jk,bkl->bil", x, p.square, x.mT)),
     (torch.einsum, "batch", lambda p, x: torch.einsum("bij,jk->bik", [x, p.square])),

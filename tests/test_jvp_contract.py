@@ -4,6 +4,7 @@ Functions one by one are in `test_jvp.py`.
 """
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from networks import check_jvp, close, dit_case, stock_jvp, true_jvp
 from torch import nn
 
 import scm_kernels
+
+
+class Place:
+    """Where a hook has put a tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
 
 
 def test_a_whole_network():
@@ -156,6 +164,65 @@ def test_an_inference_mode_inside_has_no_derivative():
         return network(x) + frozen
 
     close(scm_kernels.jvp(function, (x,), (tx,)), stock_jvp(function, (x,), (tx,)))
+
+
+def test_hooks_of_tensors():
+    """Of the gradient of a primal, whatever else computes it."""
+    torch.manual_seed(0)
+    layer, x, tx = nn.Linear(4, 4), torch.randn(3, 4), torch.randn(3, 4)
+    seen = []
+
+    def function(x):
+        h = layer(x).tanh()
+        h.register_hook(lambda g: (seen.append(g), 2 * g)[1])
+        return h.sin()
+
+    expected = torch.autograd.grad(function(x).sum(), layer.weight)[0]
+    for tangent_grad in (False, True):
+        out, _ = scm_kernels.jvp(function, (x,), (tx,), tangent_grad=tangent_grad)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), layer.weight)[0], expected)
+    assert all(torch.equal(g, seen[0]) for g in seen)
+    assert len(seen) == 3
+    with pytest.raises(RuntimeError, match="doesn't require grad"):
+        scm_kernels.jvp(lambda x: x.register_hook(print), (x,), (tx,))
+
+
+@pytest.mark.parametrize("name", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_modules_are_refused(name):
+    """PyTorch would leave them out, and what they do to gradients."""
+    network, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(3, 4)
+    handle = getattr(network[1], name)(lambda module, *gradients: None)
+    with pytest.raises(NotImplementedError, match=r"Tanh has a backward hook"):
+        scm_kernels.jvp(network, (x,), (x,))
+    with torch.no_grad():
+        scm_kernels.jvp(network, (x,), (x,))
+    handle.remove()
+    scm_kernels.jvp(network, (x,), (x,))
+
+
+@pytest.mark.parametrize("function", [torch.softmax, F.silu, F.mish], ids=lambda f: f.__name__)
+def test_hooks_of_saved_tensors(function):
+    """See what PyTorch's forward saves, and nothing is kept alive that they return."""
+    weight, (x, tx) = torch.randn(4, 4, requires_grad=True), torch.randn(2, 3, 4)
+
+    def network(x):
+        return function(x @ weight, *((-1,) if function is torch.softmax else ()))
+
+    def kept(call):
+        refs = []
+
+        def pack(x):
+            place = Place(x)
+            refs.append(weakref.ref(place))
+            return place
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: place.tensor):
+            out = call()
+        out.sum().backward()
+        del out
+        return len(refs), sum(ref() is not None for ref in refs)
+
+    assert kept(lambda: scm_kernels.jvp(network, (x,), (tx,))[0]) == kept(lambda: network(x))
 
 
 def test_expanded_primals():

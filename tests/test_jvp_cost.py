@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from networks import Ops, dit_case, stock_jvp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import scm_kernels
 from benchmarks.memory import AllocatedBytes
@@ -206,3 +207,19 @@ def test_in_place_operations_keep_no_graph_of_the_tangent(inside):
     forward, _ = kept_and_peak(lambda: network(x))
     ours, _ = kept_and_peak(lambda: scm_kernels.jvp(network, (x,), (tx,)))
     assert ours <= forward + 1.1 * 4 * x.numel()  # and t_out
+
+
+def test_a_checkpoint_around_a_jvp_costs_no_second_forward():
+    """Its forward is that of the jvp alone."""
+    weight = torch.randn(8, 8, requires_grad=True)
+    x, tx = torch.randn(2, 8, 8)
+
+    def run(x):
+        return scm_kernels.jvp(lambda x: F.gelu(F.linear(x, weight)).tanh(), (x,), (tx,))
+
+    counts = []
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=False)):
+        with Ops() as ops:
+            call(x)
+        counts.append(ops.names.count("gelu"))
+    assert counts[0] == counts[1]

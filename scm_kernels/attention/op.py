@@ -54,10 +54,10 @@ def scaled_dot_product_attention(
             none, as in PyTorch.
         key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`).
         value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
-        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or added to the scores. A
-            dual one adds its tangent to that of the scores. A row all of whose keys one large
-            number masks (finfo.min, -1e9) is the mean of their values, and its gradient that of
-            the mean; -inf and False leave a row without keys.
+        attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or, of query's dtype or
+            float32, added to the scores. A dual one adds its tangent to that of the scores. A row
+            all of whose keys one large number masks (finfo.min, -1e9) is the mean of their values,
+            and its gradient that of the mean; -inf and False leave a row without keys.
         dropout_p: with a dual input, only 0: primal and tangent would have to share one mask.
         is_causal: row i sees the keys 0 to i (aligned top-left).
         scale: of the scores, 1 / sqrt(D) if None.
@@ -69,7 +69,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: dropout with a dual input; a jvp of a jvp, of a vmap or of a grad (so
-            a hessian too, unless PyTorch's MATH kernel is chosen).
+            a hessian too, unless PyTorch's MATH kernel is chosen); a forced backend that does not
+            take these inputs.
 
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.
@@ -148,8 +149,9 @@ def attention_jvp(
     blocks). Differentiable in all inputs, through both outputs.
 
     Args:
-        query: [B, H, M, D], float16, bfloat16, float32 or float64.
-        key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`).
+        query: [B, H, M, D], float16, bfloat16, float32 or float64; further leading dimensions, or
+            none, as in PyTorch.
+        key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`); N may be 0.
         value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
         t_query: like query, or None where the derivative does not go along it; that costs nothing.
         t_key: like key, or None.
@@ -166,11 +168,16 @@ def attention_jvp(
         (out, t_out), each [B, H, M, E] of query's dtype, or of that of autocast, where it is on;
         with `return_stats` (out, t_out, lse, mu), the last two [B, H, M] float32 (float64 for
         float64) and not differentiable: the log-sum-exp of the scores (-inf in a row that sees no
-        key), and the mean of the scores' tangent under the softmax.
+        key), and the mean of the scores' tangent under the softmax. Results i over parts of the
+        keys are those over all of them by
+
+            lse = logsumexp_i lse_i     w_i = exp(lse_i - lse)     mu = sum_i w_i mu_i
+            out = sum_i w_i out_i       t_out = sum_i w_i (t_out_i + (mu_i - mu) out_i)
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: a dual tensor (its tangent would be lost).
+        NotImplementedError: a dual tensor (its tangent would be lost), or a forced backend that
+            does not take these inputs.
 
     Source: Lu & Song, arXiv 2410.11081, on JVP of flash attention; the formula is in
         `attention/reference.py`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def functions(names: Iterable[str]) -> frozenset:
     """PyTorch's functions of these names, methods among them."""
-    places = (torch, Tensor, F, torch.linalg, torch.special)
+    places = (torch, Tensor, F, torch.linalg, torch.special, torch.fft)
     return frozenset(getattr(place, n) for n in names for place in places if hasattr(place, n))
 
 
@@ -42,6 +42,11 @@ LINEAR = functions(
             for indices in ("", "_with_indices")
         ),
         *("ceil", "floor", "frac", "round", "sign", "trunc"),
+        *("aminmax", "as_strided", "atleast_1d", "cartesian_prod", "column_stack", "combinations"),
+        *("complex", "concat", "concatenate", "constant_pad_nd", "dstack", "embedding", "fold"),
+        *("gradient", "hstack", "index_add", "index_fill", "index_put", "max_unpool1d"),
+        *("max_unpool2d", "max_unpool3d", "row_stack", "vstack"),
+        *(name for name in torch.fft.__all__ if "freq" not in name),
     )
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "imag", "real")}
 _ACTIVATIONS = (
@@ -79,11 +84,12 @@ _OVER_DIMENSIONS = (
     *("addr", "cumulative_trapezoid", "ger", "hinge_embedding_loss", "linear_cross_entropy"),
     *("margin_ranking_loss", "multilabel_soft_margin_loss", "soft_margin_loss", "trapezoid"),
     *("trapz", "triplet_margin_with_distance_loss", "vecdot"),
+    *("convolution", "einsum", "istft", "native_group_norm", "nll_loss", "scatter", "stft"),
 )
 _OF_MATRICES = (
     *("chain_matmul", "cholesky", "det", "eigh", "eigvalsh", "inv", "inverse", "logdet"),
     *("lu_factor", "matrix_exp", "matrix_norm", "matrix_power", "multi_dot", "pinv", "qr"),
-    *("slogdet", "solve", "solve_triangular", "svd", "svdvals"),
+    *("slogdet", "solve", "solve_triangular", "svd", "svdvals", "eig", "eigvals"),
     *("cholesky_ex", "cholesky_inverse", "cholesky_solve", "cond", "householder_product"),
     *("inv_ex", "lstsq", "lu", "lu_factor_ex", "lu_solve", "matrix_sqrth", "pinverse"),
     *("solve_ex", "tensorinv", "tensorsolve", "triangular_solve", "vander"),

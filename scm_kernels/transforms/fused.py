@@ -1,10 +1,13 @@
 """The mode that takes functions of PyTorch on dual tensors to this package's paths."""
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import BackwardHook
 
 from scm_kernels._checkpoint import BACKWARD, looks_on
 from scm_kernels._duals import (
@@ -12,6 +15,7 @@ from scm_kernels._duals import (
     DualMode,
     apart,
     current_level,
+    has_graph,
     has_tangent,
     is_batched_here,
     jvp_at_work,
@@ -20,6 +24,7 @@ from scm_kernels._duals import (
     may_be_view,
     outside,
     refuse_batched,
+    register_hook,
     require_grad,
     together,
     without_tangent_graph,
@@ -32,7 +37,9 @@ from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_he
 # Functions that read or build dual tensors: a mode that rewrapped their results would lose
 # tangents.
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
+# What is asked of autograd, which records what is outside of a jvp.
 _REQUIRES_GRAD = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})
+_HOOKS = frozenset({Tensor.register_hook, Tensor.requires_grad.__get__})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
 
@@ -47,11 +54,18 @@ def fused() -> TorchFunctionMode:
 
     The model stays as it is: `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, linear
     layers, convolutions, matrix products, norms and arithmetic are rerouted. A call without a dual
-    input is PyTorch's own, bitwise. A custom op that would drop a tangent raises
-    `NotImplementedError`.
+    input is PyTorch's own, bitwise. The tangent keeps its graph and what that saves, as
+    `torch.func.jvp` has it; `scm_kernels.jvp` is what does without.
 
     Returns:
         A context manager (a `torch.overrides.TorchFunctionMode`).
+
+    Raises:
+        NotImplementedError: inside, by a custom op that would drop a tangent, by what attention has
+            no derivative for (a jvp of a jvp, of a vmap or of a grad), by a module's backward
+            hooks, which PyTorch would leave out.
+
+    Source: Lu & Song, arXiv 2410.11081, section 4.
     """
     return Fused(forget_level=None)
 
@@ -86,6 +100,11 @@ class Fused(DualMode):
         if eager and func in _REQUIRES_GRAD and jvp_at_work() is not None:
             done = require_grad(level, *args, **kwargs)  # gradient checkpointing asks for it
             return args[0] if done else func(*args, **kwargs)
+        if eager and func in _HOOKS and jvp_at_work() is not None:
+            if func is Tensor.register_hook:
+                return register_hook(level, *args, **kwargs)
+            if has_graph(args[0]):
+                _refuse_module_hooks()
         self.tangent_grad = self.records(level)
         rule = RULES.get(func)
         if rule is None and eager:
@@ -220,6 +239,19 @@ def _refuse_lost_tangents(func, inputs, outputs) -> None:
                 "scm_kernels.transforms.rules.RULES, or pass it x.detach() if it is meant to be "
                 "constant."
             )
+
+
+def _refuse_module_hooks() -> None:
+    """Raise where a module asks whether its backward hooks are to be set up: no tensor inside of a
+    jvp says that it requires a gradient, so PyTorch would leave them out, silently."""
+    frame = sys._getframe(2)
+    if torch.is_grad_enabled() and frame.f_code is BackwardHook._apply_on_tensors.__code__:
+        module = type(frame.f_locals["self"].module).__name__
+        raise NotImplementedError(
+            f"scm_kernels: {module} has a backward hook (register_full_backward_hook or "
+            "register_full_backward_pre_hook), which PyTorch leaves out inside of a jvp. Remove "
+            "it, or register a hook of a tensor in the module's forward"
+        )
 
 
 def _forget_graph(out, level: int):

@@ -31,8 +31,10 @@ def jvp(
     forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
     compute the primals again. Their backward raises PyTorch's `CheckpointError` with
     `tangent_grad` True, where a checkpoint belongs around the jvp, and around an
-    `autograd.Function` of one's own, a `torch.func.vmap`, another checkpoint, a recurrent network,
-    or random numbers other than those of dropout. A checkpoint around the jvp, all of it under
+    `autograd.Function` or a custom op of one's own, a `torch.func.vmap`, another checkpoint, a
+    recurrent network, random numbers other than those of dropout, or inside of other hooks of saved
+    tensors (`save_on_cpu`). A hook of a tensor is one of its primal's gradient; no tensor inside
+    says that it `requires_grad`. A checkpoint around the jvp, all of it under
     `torch.compile(fullgraph=True)`, wants
     `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`. PyTorch's forward
     mode is for one thread of a process.
@@ -52,7 +54,9 @@ def jvp(
     Raises:
         TypeError, ValueError: primals or tangents do not fit; the message names the one.
         NotImplementedError: an op inside would lose its tangent (a custom op without a rule, a jvp
-            of a jvp), or attention has no such derivative (a jvp of a vmap or of a grad).
+            of a jvp), attention has no such derivative (a jvp of a vmap or of a grad), a module has
+            backward hooks, which PyTorch would leave out, or a selective checkpoint would see what
+            it cannot compute again.
 
     Source: Lu & Song, arXiv 2410.11081, section 4 (the tangent of a consistency model is one JVP).
     """
@@ -63,7 +67,8 @@ def jvp(
     _check(primals, tangents)
     if not tangent_grad and level_is_open():
         raise NotImplementedError(
-            "tangent_grad: got False in a jvp inside a jvp, expected True: the derivative of t_out "
+            "tangent_grad: got False in a jvp inside a jvp (one in another thread of this process "
+            "counts, as PyTorch's forward mode is for one), expected True: the derivative of t_out "
             "would be lost. (Attention has no second derivative in forward mode; linear layers and "
             "norms do.)"
         )

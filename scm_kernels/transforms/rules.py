@@ -47,6 +47,7 @@ RULES = {
     torch.matmul: bilinear(torch.matmul, "input", "other"),
     torch.mm: bilinear(torch.mm, "input", "mat2"),
     torch.bmm: bilinear(torch.bmm, "input", "mat2"),
+    torch.linalg.matmul: bilinear(torch.matmul, "input", "other"),
     torch.einsum: einsum,
     Tensor.matmul: bilinear(torch.matmul, "self", "other"),
     Tensor.mm: bilinear(torch.mm, "self", "mat2"),
