@@ -141,14 +141,18 @@ def test_a_known_kind_sees_whether_a_gradient_is_wanted():
         torch.testing.assert_close(actual.grad.double(), right.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 3, 37, 37)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 37), (2, 3, 37, 37), (37, 37), (3, 1, 37)])
 def test_a_mask_is_part_of_a_kind(shape):
-    q, k, v, tq, tk, tv = tensors()
+    x = [y.requires_grad_() for y in tensors()]
     for _ in range(2):
         for mask in (torch.randn(shape), torch.rand(shape) < 0.5, torch.randn(shape)):
-            out, _ = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask)
-            right = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            learned = [mask.requires_grad_()] if mask.dtype != torch.bool else []
+            out, _ = attention_jvp(*x, attn_mask=mask)
+            right = torch.nn.functional.scaled_dot_product_attention(*x[:3], mask)
             torch.testing.assert_close(out, right)
+            pairs = [torch.autograd.grad(y.sin().sum(), [*x[:3], *learned]) for y in (out, right)]
+            for actual, expected in zip(*pairs, strict=True):
+                torch.testing.assert_close(actual, expected)
     assert len(op._calls) == 2
 
 

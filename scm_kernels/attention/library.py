@@ -90,7 +90,8 @@ class Call:
     on the kind alone is decided at the first one.
     """
 
-    def __init__(self, *options):
+    def __init__(self, absent: int, *options):
+        self.absent = absent  # leading dimensions of a mask
         self.options = options  # what follows the tensors
         self.plan: Callable[[Forward], None] | None = None
         self.patterns: list[Tensor | None] = []  # of the outputs
@@ -103,6 +104,9 @@ class Call:
 
     def __call__(self, tensors) -> Iterable[Tensor | None]:
         _library.refuse_duals("attention_jvp", _INSTEAD, tensors)
+        if self.absent > 0:
+            first = (None,) * self.absent
+            tensors = *tensors[:6], *(x if x is None else x[first] for x in tensors[6:])
         if _library.differentiable(tensors):
             return _Attention.apply(*tensors, *self.options, self)  # no transform is about
         return self.run(tensors)

@@ -231,9 +231,11 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     options = (bool(is_causal), scale, tangent_grad, _backends.requested())
     inputs = (q, k, v, tq, tk, tv, mask, tmask)
     outputs = library.attention_jvp(*inputs, *options)
-    unchanged = all(x is y for x, y in zip(inputs, tensors, strict=True))
-    if kind is not None and unchanged and library.Call.takes(tensors):
-        _calls[kind] = library.Call(*options)
+    unchanged = all(x is y for x, y in zip(inputs[:6], tensors[:6], strict=True))
+    viewed = mask is None or (len(lead) == 1 and mask.dtype == tensors[6].dtype)
+    if kind is not None and unchanged and viewed and library.Call.takes(tensors):
+        absent = 0 if mask is None else 4 - tensors[6].ndim
+        _calls[kind] = library.Call(absent, *options)
     if rank == 2:
         return tuple(x.squeeze((0, 1)) for x in outputs)
     if len(lead) != 1:
