@@ -301,6 +301,22 @@ def test_gradients_without_keys(backend, monkeypatch):
         assert torch.equal(x, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hidden_key_that_is_not_a_number(backend, dtype):
+    """Spoils no gradient of the others, as under eager's mask."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 8, 16, dtype=dtype, device=device_of(backend)) for _ in range(6)]
+    x[1][:, :, 7] = x[4][:, :, 7] = math.nan
+    mask = torch.arange(8, device=device_of(backend)) < 7
+    leaves = [y.requires_grad_() for y in x[:3]]
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*x, attn_mask=mask)
+        gradients = torch.autograd.grad(outputs, leaves[1:], [torch.ones_like(y) for y in outputs])
+    assert all(y.isfinite().all() for y in outputs)
+    assert all(y[:, :, :7].isfinite().all() for y in gradients)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -73,6 +73,7 @@ GRADIENTS = [
     Case("ptx_d128_bias_gradient", BF16, d=128, mask="bias", t_mask=True, **LONG),
     Case("ptx_dead_gradient", BF16, d=64, mask="dead", mask_shape="b1mn", **LONG),
     Case("ptx_least_gradient", BF16, d=64, mask="least", **(LONG | {"h": 4, "hk": 2})),
+    Case("ptx_bias_d5", BF16, d=5, mask="bias", **(LONG | {"n": 70})),  # at odd addresses
     Case("ptx_few_keys", BF16, d=64, mask="bias", t_mask=True, **(LONG | {"n": 20})),
     Case("ptx_two_keys_f32", F32, d=24, mask="late", logits=30.0, **(LONG | {"m": 131, "n": 2})),
 ]

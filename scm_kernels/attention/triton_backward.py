@@ -262,9 +262,10 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     stats = gradients.load_stats(x, index, row, 1, META)
     sums = gradients.zeros_for(dq, ROWS, META.D), gradients.zeros_for(dtq, ROWS, META.D)
 
-    # A loop counts tiles, or keys where rows lie at odd addresses: there LLVM would convert a count
-    # of tiles in 64 bits as one of 32, which is legal PTX, and which no simulator here takes.
-    STEP: tl.constexpr = KEYS if META.VEC == 1 else 1
+    # Where rows lie at odd addresses loops count in 64 bits: of a count in 32, LLVM would widen the
+    # lower half of a register of 64, which is legal PTX, and which no simulator here takes.
+    if META.VEC == 1:
+        N = tl.cast(N, tl.int64)
     end, clear = N, N // KEYS  # tiles before `clear` are seen by all rows, and inside of all bounds
     if META.CAUSAL:
         end, clear = tl.minimum(N, row + ROWS), tl.minimum(clear, (row + 1) // KEYS)
@@ -272,14 +273,14 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     if META.SCORES == "bf16x6":
         clear = 0
     else:
-        for i in range(0, clear * STEP, STEP):
+        for i in range(clear):
             sums = _add_keys(
-                *(sums, queries, stats, x, batch, head, key_head, row, i * (KEYS // STEP)),
+                *(sums, queries, stats, x, batch, head, key_head, row, i * KEYS),
                 *(M, N, scale, False, META),
             )
-    for i in range(clear * STEP, tl.cdiv(end, KEYS) * STEP, STEP):
+    for i in range(clear, tl.cdiv(end, KEYS)):
         sums = _add_keys(
-            *(sums, queries, stats, x, batch, head, key_head, row, i * (KEYS // STEP)),
+            *(sums, queries, stats, x, batch, head, key_head, row, i * KEYS),
             *(M, N, scale, True, META),
         )
 

@@ -188,6 +188,7 @@ def centred(t, tmask, mu, scale, p, AXIS: tl.constexpr, META: tl.constexpr):
     elif tmask is not None:
         x = tmask.to(tl.float32) - mu
     if META.WHOLE and x is not None:
+        x = tl.where(p == 0.0, 0.0, x)  # of a key that is not seen it may be anything
         x -= tl.sum(p * x, AXIS, keep_dims=True)
     return x
 
@@ -212,7 +213,7 @@ def balanced(g, p, AXIS: tl.constexpr, META: tl.constexpr):
     """g of scores, whose sum over the keys is 0, but for rounding: where one tile has all of them
     (over AXIS), that is taken off. So a key that takes all has no gradient, as in eager's formula.
     """
-    return g - p * tl.sum(g, AXIS, keep_dims=True) if META.WHOLE else g
+    return g - p * tl.sum(tl.where(p == 0.0, 0.0, g), AXIS, keep_dims=True) if META.WHOLE else g
 
 
 @triton.jit
