@@ -75,7 +75,7 @@ GRADIENTS = [
     Case("ptx_least_gradient", BF16, d=64, mask="least", **(LONG | {"h": 4, "hk": 2})),
     Case("ptx_bias_d5", BF16, d=5, mask="bias", **(LONG | {"n": 70})),  # at odd addresses
     Case("ptx_few_keys", BF16, d=64, mask="bias", t_mask=True, **(LONG | {"n": 20})),
-    Case("ptx_two_keys_f32", F32, d=24, mask="late", logits=30.0, **(LONG | {"m": 131, "n": 2})),
+    Case("ptx_two_keys_f32", F32, d=24, mask="late", logits=30.0, **(LONG | {"h": 1, "n": 2})),
 ]
 
 
