@@ -40,10 +40,8 @@ struct Plan {
     parts = 1;
     if (p.threads == 1 || jobs >= wanted || shared(2)) return;
     const int64_t floats = p.b * p.hk * part_floats;
-    const int64_t most = floats * kFewParts > kMostFloats ? kFewParts
-                         : floats > 0                     ? kMostFloats / floats
-                                                          : tiles;
-    parts = least(least((wanted + jobs - 1) / jobs, tiles), most);
+    const int64_t room = floats > 0 ? kMostFloats / floats : tiles;
+    parts = least(least((wanted + jobs - 1) / jobs, tiles), room > kFewParts ? room : kFewParts);
   }
 
   int64_t jobs(const AttentionBackward& p) const { return p.b / batches * (p.hk / heads) * parts; }

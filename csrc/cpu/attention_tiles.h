@@ -196,6 +196,25 @@ static void dual_product(int64_t rows, int64_t vectors, int64_t steps, const Lef
   }
 }
 
+// c1 += a1 b1 and c2 += a1 b2 + a2 b1, of which either sum may be unwanted too.
+template <class Element>
+static void add_product(int64_t rows, int64_t vectors, int64_t steps, const Left& left1,
+                        const Left& left2, const Right& right, float* c1, float* c2, int64_t row) {
+  const auto add = [&](const Left& left, const char* b, float* c) {
+    if (left.data == nullptr || b == nullptr || c == nullptr) return;
+    const Right only{b, b, right.step};
+    const Sum sum{c, c, row, false, nullptr};
+    dual_gemm<Element, Products::kFirst>(rows, vectors, steps, left, left, only, sum);
+  };
+  if (c1 != nullptr && c2 != nullptr && right.b1 != nullptr) {
+    dual_product<Element>(rows, vectors, steps, left1, left2, right, {c1, c2, row, false, nullptr});
+  } else {
+    add(left1, right.b1, c1);
+    add(left1, right.b2, c2);
+    add(left2, right.b1, c2);
+  }
+}
+
 // --- masks ---------------------------------------------------------------------------------------
 
 struct Tile {
