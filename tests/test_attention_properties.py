@@ -317,6 +317,49 @@ def test_a_hidden_key_that_is_not_a_number(backend, dtype):
     assert all(y[:, :, :7].isfinite().all() for y in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_later_key_that_is_not_a_number(backend, dtype):
+    """Reaches no row before it, under a causal mask."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 40, 16, dtype=dtype, device=device_of(backend)) for _ in range(6)]
+    x[1][:, :, 30] = x[4][:, :, 30] = math.nan
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*x, is_causal=True, return_stats=True)
+    for y in outputs:
+        assert y[:, :, :30].isfinite().all()
+        assert y[:, :, 30:].isnan().all()
+
+
+@pytest.mark.parametrize("why", ["scores", "hidden", "late"])
+@pytest.mark.parametrize("n", [2, 20, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key_that_takes_all_gives_its_value_and_its_tangent(backend, dtype, n, why):
+    """To the last digit, as by eager's formula: however large T is, nothing of it is left."""
+    check_one_key_takes_all(backend, dtype, n, why, m=80)
+
+
+def check_one_key_takes_all(backend, dtype, n, why, m):
+    torch.manual_seed(0)
+    options = {"dtype": dtype, "device": device_of(backend)}
+    q, tq = 5 * torch.randn(2, 1, 2, m, 32, **options)
+    k, tk, v, tv = 5 * torch.randn(4, 1, 2, n, 32, **options)
+    taken, mask = torch.randint(n, (m,), device=q.device), None
+    if why == "scores":
+        q[..., 0], k[..., 0] = 1000.0, torch.where(torch.arange(n, device=q.device) == 1, 1e3, 0.0)
+        taken.fill_(1)
+    elif why == "hidden":
+        mask = taken[:, None] == torch.arange(n, device=q.device)
+    else:
+        mask = torch.full((m, n), -1e4, **options)
+        mask[torch.arange(m, device=q.device), taken] = 0.0
+    with scm_kernels.backend(backend):
+        out, t_out = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask)
+    assert torch.equal(out, v[:, :, taken])
+    assert torch.equal(t_out, tv[:, :, taken])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,12 +22,34 @@ namespace {
 constexpr int64_t kRows = 64;
 constexpr int64_t kKeys = 64;
 
+// A tile of scores, which are final under a mask and raw without, and of their tangents.
+struct Scores {
+  const float *s, *t, *t_bias;
+  float scale;
+
+  template <bool kMasked>
+  [[gnu::always_inline]] VecF weights(int64_t at, VecF origin) const {
+    const VecF x = load<VecF>(s + at);
+    return exp_nonpositive((kMasked ? x : rounded(x * scale)) - origin);
+  }
+
+  // T; 0 of a dead key, of which it may be anything.
+  template <bool kMasked>
+  [[gnu::always_inline]] VecF tangents(int64_t at) const {
+    VecF y = load<VecF>(t + at) * scale;
+    if constexpr (kMasked) {
+      if (t_bias) y += load<VecF>(t_bias + at);
+      y = load<VecF>(s + at) == broadcast(-__builtin_inff()) ? VecF{} : y;
+    }
+    return y;
+  }
+};
+
 // One state a row; `total` and `moment` are l and mu.
 struct Softmax {
   alignas(64) float peak[kRows], total[kRows], moment[kRows], shift[kRows];
   alignas(64) float rescale[kRows];                               // of this tile
   alignas(64) float rounded_total[kRows], rounded_moment[kRows];  // what normalises
-  bool fresh;                                                     // a row has met no live key yet
 };
 
 template <class Element>
@@ -92,7 +114,6 @@ class Forward {
       state_.total[i] = state_.moment[i] = state_.shift[i] = 0.0f;
       state_.rounded_total[i] = state_.rounded_moment[i] = 0.0f;
     }
-    state_.fresh = true;
     empty_ = true;
   }
 
@@ -118,10 +139,6 @@ class Forward {
         masked ? softmax_tile<false, true>(tile.keys, i) : softmax_tile<false, false>(tile.keys, i);
       }
     }
-    if (state_.fresh) {
-      state_.fresh = false;
-      for (int64_t i = 0; i < tile.rows; ++i) state_.fresh |= state_.total[i] == 0.0f;
-    }
   }
 
   // One vector of rows: s becomes p and t becomes h, and the state takes in the tile.
@@ -143,27 +160,20 @@ class Forward {
       }
       peak = max(x, peak);
     }
-    if (kTangent && state_.fresh) fix_shift<kMasked>(keys, column);
-    const VecF shift = load<VecF>(state_.shift + column);
     const VecF origin = peak == dead ? VecF{} : peak;
     const VecF rescale = exp_nonpositive(old_peak - origin);
+    const Scores x{s_, t_, p_.tmask ? t_bias_ : nullptr, scale};
+    if (kTangent && any(rescale == VecF{})) fix_shift<kMasked>(x, keys, column, origin, rescale);
+    const VecF shift = load<VecF>(state_.shift + column);
     Sums sums;
     for (int64_t key = 0; key < keys; key += Element::kPerElement) {
       VecF p[2] = {}, h[2] = {};
       SCM_UNROLL
       for (int i = 0; i < Element::kPerElement; ++i) {
         if (key + i >= keys) break;
-        VecF x = load<VecF>(s + (key + i) * row);
-        if constexpr (!kMasked) x = rounded(x * scale);
-        p[i] = exp_nonpositive(x - origin);
-        if constexpr (kTangent) {
-          VecF y = load<VecF>(t + (key + i) * row) * scale;
-          if constexpr (kMasked) {
-            if (p_.tmask) y += load<VecF>(t_bias_ + column + (key + i) * row);
-            y = x == dead ? shift : y;
-          }
-          h[i] = p[i] * (y - shift);
-        }
+        const int64_t at = column + (key + i) * row;
+        p[i] = x.weights<kMasked>(at, origin);
+        if constexpr (kTangent) h[i] = p[i] * (x.tangents<kMasked>(at) - shift);
         sums.total += p[i];
         sums.moment += h[i];
       }
@@ -202,25 +212,18 @@ class Forward {
     }
   }
 
-  // c, the mean of T over the live keys, of the rows that meet their first ones in this tile.
+  // c, the mean of T by p, of the rows in which nothing counts that came before this tile.
   template <bool kMasked>
-  void fix_shift(int64_t keys, int64_t column) {
-    VecF sum{}, count{};
+  void fix_shift(const Scores& x, int64_t keys, int64_t column, VecF origin, VecF rescale) {
+    VecF sum{}, total{};
     for (int64_t key = 0; key < keys; ++key) {
       const int64_t at = column + key * pitch_;
-      VecF y = load<VecF>(t_ + at) * p_.scale, one = broadcast(1.0f);
-      if constexpr (kMasked) {
-        if (p_.tmask) y += load<VecF>(t_bias_ + at);
-        const VecI live = load<VecF>(s_ + at) != broadcast(-__builtin_inff());
-        y = live ? y : VecF{};
-        one = live ? one : VecF{};
-      }
-      sum += y;
-      count += one;
+      const VecF p = x.weights<kMasked>(at, origin);
+      sum += p * x.tangents<kMasked>(at);
+      total += p;
     }
-    const VecF fresh = load<VecF>(state_.total + column);
-    const VecF mean = sum / max(count, broadcast(1.0f));
-    store(state_.shift + column, fresh == 0.0f ? mean : load<VecF>(state_.shift + column));
+    const VecF mean = sum / max(total, broadcast(1.0f));  // 0 without a live key
+    store(state_.shift + column, rescale == VecF{} ? mean : load<VecF>(state_.shift + column));
   }
 
   // out, t_out [e, columns] take in p V and h V + p tV.

@@ -68,6 +68,13 @@ SCM_INLINE VecF broadcast(float x) { return x - VecF{}; }
 
 SCM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }  // b where a is NaN
 
+// Whether a comparison holds in one of the lanes.
+SCM_INLINE bool any(VecI x) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= x[i];
+  return found != 0;
+}
+
 // e^x for x <= 0 or NaN, to 1.5 units in the last place; 0 below -87.33, where the result would be
 // denormal. By e^x = 2^i e^r with |r| <= log(2) / 2 and a polynomial of degree 6 in r.
 SCM_INLINE VecF exp_nonpositive(VecF x) {

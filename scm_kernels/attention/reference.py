@@ -20,9 +20,10 @@ One streaming pass over tiles of keys keeps, for every row, m l mu c and two acc
 lse is kept in two numbers, its rounding and what that has lost: P = exp(S - lse - lse_low) has all
 digits where scores are large, and where an added mask drowns them (finfo.min + log l is finfo.min).
 
-c is the mean of T over the live keys of the first tile that has one. Without it a component that
-all of tK shares must cancel in tacc - mu O. A row without a live key gives O = tO = mu = 0 and lse
-= -inf.
+c is the mean of T by p, rowsum(p T) / rowsum(p), of the last tile before which nothing counts (a =
+0): the first that has a live key, or one whose scores drown all others. Without it a component that
+all of tK shares must cancel in tacc - mu O; with it, where one key takes all, h is 0 to the last
+digit, as in eager's formula. A row without a live key gives O = tO = mu = 0 and lse = -inf.
 
 Backward, with cotangents dO and dtO, and the same tiles:
 
@@ -162,7 +163,7 @@ class _Tiles:
         return p.exp_()
 
     def scores(self, q, tq, rows: slice, keys: slice):
-        """(S, T, live) of a tile [B, Hk, G, rows, keys] from scaled rows; T None: no tangent."""
+        """(S, T) of a tile [B, Hk, G, rows, keys] from scaled rows; T None: no tangent."""
         p = self.problem
         k = self.k[:, :, keys].mT
         s = self._unfold(q @ k)
@@ -178,7 +179,7 @@ class _Tiles:
             t = u.expand(s.shape) if t is None else t + u
         if t is not None and live is not None:
             t = t.masked_fill(~live, 0.0)
-        return s, t, live
+        return s, t
 
     def _mask(self, mask: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
         """A tile of a mask as [B or 1, Hk or 1, G or 1, rows or 1, keys or 1]."""
@@ -221,7 +222,7 @@ class _RowState:
         self.m, self.l, self.mu, self.c = zeros - math.inf, zeros, zeros, zeros
         self.acc = self.tacc = zeros  # of width 1 until the first tile
 
-    def add(self, s: Tensor, t: Tensor | None, live: Tensor | None, keys: slice) -> None:
+    def add(self, s: Tensor, t: Tensor | None, keys: slice) -> None:
         """Take in one tile: s, t [B, Hk, G, rows, keys]."""
         tiles, v = self.tiles, self.tiles.v[:, :, keys]
         s = s.flatten(2, 3)
@@ -229,9 +230,11 @@ class _RowState:
         finite = peak.masked_fill(peak == -math.inf, 0.0)
         a = torch.exp(self.m - finite)
         p = torch.exp(s.sub_(finite))
+        sums = p.sum(-1, keepdim=True)
         if t is not None:
             t = t.flatten(2, 3)
-            self._fix_shift(t, live, p.shape)
+            mean = (p * t).sum(-1, keepdim=True) / sums.clamp(min=1.0)  # or 0 without a live key
+            self.c = torch.where(a == 0, mean, self.c)
             h = (t - self.c).mul_(p)
             self.mu = a * self.mu + h.sum(-1, keepdim=True)
             self.tacc = torch.addcmul(h @ v, a, self.tacc)
@@ -239,19 +242,9 @@ class _RowState:
             self.tacc = a * self.tacc
         if tiles.tv is not None:
             self.tacc = self.tacc + p @ tiles.tv[:, :, keys]
-        self.l = a * self.l + p.sum(-1, keepdim=True)
+        self.l = a * self.l + sums
         self.acc = torch.addcmul(p @ v, a, self.acc)
         self.m = peak
-
-    def _fix_shift(self, t: Tensor, live: Tensor | None, shape: torch.Size) -> None:
-        """Set c of the rows that meet their first live keys in this tile (l is 0 until then)."""
-        if live is None:
-            mean = t.mean(-1, keepdim=True)
-        else:
-            groups = self.tiles.groups
-            live = live.expand(*shape[:2], groups, shape[2] // groups, shape[3]).flatten(2, 3)
-            mean = t.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        self.c = torch.where(self.l == 0, mean, self.c)
 
     def finish(self) -> tuple[Tensor, ...]:
         """(O, tO, lse, mu, lse_low), normalised."""
@@ -309,7 +302,7 @@ class _RowGradient:
     def add(self, keys: slice, sums: dict[str, Tensor | None], *, whole: bool) -> None:
         """`whole`: the rows see no keys but these."""
         tiles, do, dto = self.tiles, self.do, self.dto
-        s, t, _ = tiles.scores(self.q, self.tq, self.span, keys)
+        s, t = tiles.scores(self.q, self.tq, self.span, keys)
         p = tiles.probabilities(s.flatten(2, 3), self.span)
         v = tiles.v[:, :, keys]
         a = torch.zeros_like(p) if do is None else do @ v.mT

@@ -65,6 +65,13 @@ class Row:
         rounded = -(-width // self.step) * self.step
         return Features(width, parts(rounded, widest or self.widest))
 
+    def bounded_tile(self, mask: bool, masked: bool) -> int:
+        """The forward: keys of a tile at the end or on the diagonal, or, which they then all are,
+        under a mask; `masked` says whether it has more than one row."""
+        if masked:
+            return self.block_n
+        return self.padding if mask else self.rest
+
     def precision(self, switch: str) -> str:
         """What a product in float32 is; "exact" is as here."""
         return self.exact if switch == "exact" else switch

@@ -17,7 +17,7 @@ import triton.language as tl
 from scm_kernels import _triton
 from scm_kernels.attention import triton_tiles as tiles
 from scm_kernels.attention.problem import Forward
-from scm_kernels.attention.triton_config import Row, forward_row
+from scm_kernels.attention.triton_config import forward_row
 from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_strides
 
 SUMS = tl.constexpr(8)  # columns of `_State.sums`: those of one tensor core product
@@ -108,7 +108,7 @@ def _values(state, a, p, h, v, tv, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
-    """Take in a tile of keys without a mask. Every row has seen a key when it is added; c is known.
+    """Take in a tile of keys without a mask: every row sees one. In half types c is known.
 
     `live`: which of the keys are inside of the bounds; None: all.
     """
@@ -125,18 +125,22 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
         m = tl.maximum(state.m, tl.max(s, 1) * scale2)
         a = tl.exp2(state.m - m)
         p = tl.exp2(s * scale2 - m[:, None])  # one fused multiply-add
-    mu, h = state.mu, None
+    mu, c, h = state.mu, state.c, None
     if t is not None:
-        h = p * (t * scale - state.c[:, None])
+        t = t * scale
+        if META.CAUSAL and live is not None:
+            t = tl.where(p == 0.0, 0.0, t)  # that of a later key may be anything
+        if v[0].dtype == tl.float32:
+            c = _shift(c, a, p, t)
+        h = p * (t - c[:, None])
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
-    return _State(m, state.l * a + tl.sum(p, 1), mu, state.c, sums, acc, tacc)
+    return _State(m, state.l * a + tl.sum(p, 1), mu, c, sums, acc, tacc)
 
 
 @triton.jit
 def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.constexpr):
-    """Take in a tile of keys under a mask: a row may see none of them, none of all keys, or its
-    first ones, which then give it its c.
+    """Take in a tile of keys under a mask, of which a row may see none.
 
     m is that of the scores as they are: in units of log 2, the least number would be -inf.
     """
@@ -162,7 +166,7 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
     mu, c, h = state.mu, state.c, None
     if t is not None:
         t = tl.where(live, t, 0.0)
-        c = tl.where(state.l == 0, _mean(t, live), c)
+        c = _shift(c, a, p, t)
         h = p * (t - c[:, None])
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
@@ -170,9 +174,12 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
 
 
 @triton.jit
-def _mean(t, live):
-    """The mean over a row's live keys of t, which is 0 at the others; 0 in a row without any."""
-    return tl.sum(t, 1) / tl.maximum(tl.sum(live.to(tl.float32), 1), 1.0)
+def _shift(c, a, p, t):
+    """c; where nothing that has been seen counts any more, a new one: the mean of T, weighted by p.
+
+    That of a key which takes all is its own T, and its h is 0, as in eager's formula.
+    """
+    return tl.where(a == 0.0, tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0), c)
 
 
 # --- tiles of keys
@@ -205,13 +212,15 @@ def _live(rows, keys, N, META: tl.constexpr):
 
 @triton.jit
 def _first_shift(q, tq, x, batch, head, rows, N, scale, META: tl.constexpr):
-    """c, the mean of T over the live keys of the first tile; every row has one without a mask."""
+    """c in half types, the mean of T over the live keys of the first tile; a row has one without a
+    mask. To choose it in the loop, as in float32, would take registers there."""
     keys = tl.arange(0, META.REST)
     k = tiles.load_rows(x.k, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
     tk = tiles.load_rows(x.tk, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
-    _, t = _scores(q, tq, k, tk, "tf32" if META.PRECISION == "bf16x6" else META.PRECISION)
+    _, t = _scores(q, tq, k, tk, META.PRECISION)
     live = tl.broadcast_to(_live(rows, keys, N, META), t.shape)
-    return _mean(tl.where(live, t, 0.0), live) * scale
+    count = tl.maximum(tl.sum(live.to(tl.float32), 1), 1.0)
+    return tl.sum(tl.where(live, t, 0.0), 1) / count * scale
 
 
 # --- the kernel
@@ -304,7 +313,7 @@ def attention_forward_kernel(
     if META.CAUSAL:
         end = tl.minimum(N, row + META.BLOCK_M)
     if x.mask is None:
-        if not (x.tq is None and x.tk is None):
+        if q[0].dtype != tl.float32 and not (x.tq is None and x.tk is None):
             c = _first_shift(q, tq, x, batch, key_head, rows, N, scale, META)
             state = _State(state.m, state.l, state.mu, c, state.sums, state.acc, state.tacc)
         if META.PRECISION != "bf16x6":
@@ -376,7 +385,7 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
         row.precision(precision),
         row.block_m,
         row.block_n,
-        _bounded_tile(row, p.mask is not None, masked),
+        row.bounded_tile(p.mask is not None, masked),
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
@@ -389,10 +398,3 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
     programs = triton.cdiv(m, row.block_m) * b * h
     launch = _triton.Launch(attention_forward_kernel, programs, **row.options(architecture))
     return launch, strides, numbers
-
-
-def _bounded_tile(row: Row, mask: bool, masked: bool) -> int:
-    """Keys of a tile at the end, on the diagonal, or, which they then all are, under a mask."""
-    if masked:
-        return row.block_n
-    return row.padding if mask else row.rest
