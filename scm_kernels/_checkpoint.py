@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
+from scm_kernels._duals import apart, current_level, jvp_at_work
+
 # What was there when the jvp at work began: a checkpoint around it computes all of it again.
 # Other hooks of saved tensors, which may move them elsewhere, are to see what PyTorch saves alone.
 _around: ContextVar[tuple] = ContextVar("scm_kernels_around", default=(None, 0))
@@ -36,10 +38,22 @@ def inside_of_a_jvp() -> Iterator[None]:
     hook = _hook()
     of_checkpoint = getattr(hook, "__module__", "") == torch.utils.checkpoint.__name__
     token = _around.set((hook if of_checkpoint else None, _selecting()))
+    save = torch.utils.checkpoint._make_saved_tensor
+    torch.utils.checkpoint._make_saved_tensor = lambda x, **options: save(_input(x), **options)
     try:
         yield
     finally:
+        torch.utils.checkpoint._make_saved_tensor = save
         _around.reset(token)
+
+
+def _input(x: Tensor) -> Tensor:
+    """What a checkpoint is to keep of an input: its primal, which says whether it has a graph.
+
+    A tensor inside of a jvp does not, and hooks around the checkpoint, such as those of another,
+    would give it back as one without.
+    """
+    return x if jvp_at_work() is None else apart(x, current_level()).primal
 
 
 def looks_on() -> bool:

@@ -31,10 +31,9 @@ def jvp(
     forward. Activation checkpoints inside (`torch.utils.checkpoint`, non-reentrant) work then, and
     compute the primals again. Their backward raises PyTorch's `CheckpointError` with
     `tangent_grad` True, where a checkpoint belongs around the jvp, and around an
-    `autograd.Function` or a custom op of one's own, a `torch.func.vmap`, another checkpoint, a
-    recurrent network, random numbers other than those of dropout, or inside of other hooks of saved
-    tensors (`save_on_cpu`). A hook of a tensor is one of its primal's gradient; no tensor inside
-    says that it `requires_grad`. A checkpoint around the jvp, all of it under
+    `autograd.Function` or a custom op of one's own, a `torch.func.vmap`, a recurrent network, or
+    random numbers other than those of dropout. A hook of a tensor is one of its primal's gradient;
+    no tensor inside says that it `requires_grad`. A checkpoint around the jvp, all of it under
     `torch.compile(fullgraph=True)`, wants
     `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`. PyTorch's forward
     mode is for one thread of a process.
