@@ -2,7 +2,8 @@
 
 The truth is `torch.func.jvp` in float64, with eager attention and with layer and batch norm written
 by hand: PyTorch's own formulas for the tangents of these two are right in value, but take mean and
-variance for constants, so that the gradient through the tangent is wrong in the input.
+variance for constants, so that the gradient through the tangent is wrong in the input. It has no
+gradient of a GLU's tangent, nor of a hard sigmoid's.
 """
 
 from __future__ import annotations
@@ -50,16 +51,23 @@ def instance_norm(x, running_mean=None, running_var=None, weight=None, bias=None
     return y if bias is None else y + bias.view(channels)
 
 
+def glu(x, dim=-1):
+    a, b = x.chunk(2, dim)
+    return a * b.sigmoid()
+
+
 BY_HAND = {
     F.layer_norm: layer_norm,
     torch.layer_norm: lambda *args: layer_norm(*args[:5]),
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
+    F.glu: glu,
+    F.hardsigmoid: lambda x, inplace=False: (x / 6 + 0.5).clamp(0, 1),
 }
 
 
-class NormsByHand(TorchFunctionMode):
-    """Takes the norms of `BY_HAND` to their compositions, in `nn.MultiheadAttention` too."""
+class ByHand(TorchFunctionMode):
+    """Takes the functions of `BY_HAND` to their compositions, in `nn.MultiheadAttention` too."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,7 +79,7 @@ class NormsByHand(TorchFunctionMode):
 
 def true_jvp(func, primals, tangents, **options):
     """`torch.func.jvp` by the formulas, nothing of this package inside."""
-    with sdpa_kernel(SDPBackend.MATH), NormsByHand():
+    with sdpa_kernel(SDPBackend.MATH), ByHand():
         return torch.func.jvp(func, primals, tangents, **options)
 
 

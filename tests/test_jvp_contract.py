@@ -272,3 +272,19 @@ def test_bad_arguments(args, error, message):
 def test_options_are_bools(name):
     with pytest.raises(TypeError, match=f"{name}: got str 'x', expected a bool"):
         scm_kernels.jvp(torch.sin, (ONE,), (ONE,), **{name: "x"})
+
+
+@pytest.mark.parametrize("function", [F.glu, F.hardsigmoid], ids=lambda f: f.__name__)
+def test_attention_after_what_has_no_second_derivative(function):
+    """Autograd looks at the tangents of attention's inputs where their gradient is none, too."""
+    weight = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    x, tx = torch.randn(2, 1, 1, 3, 4, dtype=torch.float64)
+
+    def network(x):
+        y = function(x @ weight)
+        return F.scaled_dot_product_attention(y, y, y)
+
+    check_jvp(network, (x,), (tx,), [weight], rtol=1e-7)
+    with scm_kernels.fused():
+        out, _ = torch.func.jvp(network, (x,), (tx,))
+    torch.autograd.grad(out.sum(), weight)

@@ -10,7 +10,8 @@ for one, and asks Python for the shape of what comes of them: 0.2 to 0.6 ms of t
 And the tangent of an activation in half types is f'(x) tx, PyTorch's kernel of the gradient of f,
 in one rounding; its formula makes a graph of half a dozen operations. So is that of a softmax,
 whose Jacobian is symmetric: its formula makes four passes, and twice the error. In float32 both are
-left to PyTorch, bitwise: a model in float64 may have parts in float32.
+left to PyTorch, bitwise: a model in float64 may have parts in float32. So are a GLU and a hard
+sigmoid where autograd does not record the tangent; PyTorch has no gradient of theirs.
 """
 
 import numbers
@@ -106,6 +107,31 @@ def softmax(func):
     return rule
 
 
+def glu(mode, input, dim=-1):
+    """`F.glu`, a sigmoid(b); PyTorch has no tangent of it in half types on a CPU."""
+    x, tx = unpack(input)
+    if x.dtype.itemsize > 2 and not mode.tangent_grad:
+        return NotImplemented
+    out = on_primals(mode, lambda x: F.glu(x, dim), input)
+    with tangent_context(mode):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        (a, b), (ta, tb) = (y.to(wide).chunk(2, dim) for y in (x, tx))
+        gate = b.sigmoid()
+        t_out = gate * (ta + a * (1 - gate) * tb)
+    return mode.dual(out, t_out.to(out.dtype))
+
+
+def hardsigmoid(mode, input, inplace=False):
+    """`F.hardsigmoid`, x / 6 + 1 / 2 between 0 and 1."""
+    x, tx = unpack(input)
+    if inplace or not mode.tangent_grad:
+        return NotImplemented
+    out = on_primals(mode, F.hardsigmoid, input)
+    with tangent_context(mode):
+        t_out = torch.where((x > -3) & (x < 3), tx / 6, 0.0)
+    return mode.dual(out, t_out)
+
+
 def _is_operand(x: object) -> bool:
     return isinstance(x, (Dual, Tensor, numbers.Number))
 
@@ -129,6 +155,7 @@ RULES = {
     getattr(Tensor, name): binary(getattr(Tensor, name), tangent, reflected=True)
     for tangent, name in _REFLECTED.items()
 }
+RULES[F.glu], RULES[F.hardsigmoid] = glu, hardsigmoid
 RULES[F.silu] = activation(F.silu, torch.ops.aten.silu_backward)
 RULES[F.gelu] = activation(F.gelu, torch.ops.aten.gelu_backward)
 RULES[F.mish] = activation(F.mish, torch.ops.aten.mish_backward)
