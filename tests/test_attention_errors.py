@@ -83,7 +83,7 @@ BAD = {
     "t_attn_mask: bool": (
         {"attn_mask": MASK > 0, "t_attn_mask": MASK},
         ValueError,
-        "bool attn_mask",
+        "expected None: attn_mask is bool",
     ),
     "t_attn_mask: shape": (
         {"attn_mask": MASK, "t_attn_mask": zeros(5, 7)},

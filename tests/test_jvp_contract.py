@@ -57,7 +57,9 @@ def test_aux():
         )
         close((out, t_out), stock_jvp(network, primals, tangents))
         close(aux, {"mean": out.mean(), "rows": torch.tensor(2)})
-    with pytest.raises(RuntimeError, match="tuple"):
+    with pytest.raises(
+        TypeError, match=r"func: returned a float64 .* expected a pair \(out, aux\)"
+    ):
         scm_kernels.jvp(network, primals, tangents, has_aux=True)
 
 
@@ -261,6 +263,8 @@ ONE = torch.ones(2, 3)
         ((torch.sin, (ONE.to_sparse(),), (ONE,)), TypeError, r"primals\[0\]: .*sparse_coo.*dense"),
         ((torch.sin, (ONE,), (ONE.to_sparse(),)), TypeError, r"tangents\[0\]: .*sparse_coo.*dense"),
         ((torch.sin, (ONE,), (ONE.to("meta"),)), ValueError, r"tangents\[0\]: .*meta.*cpu"),
+        ((lambda x: (x, 1), (ONE,), (ONE,)), TypeError, "func: returned int 1, expected a tensor"),
+        ((lambda x: [], (ONE,), (ONE,)), TypeError, r"func: returned list \[\], expected a tensor"),
     ],
 )
 def test_bad_arguments(args, error, message):

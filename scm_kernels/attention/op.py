@@ -298,7 +298,10 @@ def _check_mask(query, attn_mask, t_attn_mask, is_causal) -> None:
         )
     if t_attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            raise ValueError("t_attn_mask: got a tangent for a bool attn_mask, which has none")
+            raise ValueError(
+                f"t_attn_mask: got {_checks.describe(t_attn_mask)}, expected None: attn_mask is "
+                "bool, and has no tangent"
+            )
         _checks.like("t_attn_mask", t_attn_mask, "attn_mask", attn_mask)
 
 

@@ -51,7 +51,8 @@ def jvp(
         (out, t_out), or (out, t_out, aux) with `has_aux`; t_out has the structure of out.
 
     Raises:
-        TypeError, ValueError: primals or tangents do not fit; the message names the one.
+        TypeError, ValueError: primals or tangents do not fit, or what func returns is no tensors;
+            the message names the one.
         NotImplementedError: an op inside would lose its tangent (a custom op without a rule, a jvp
             of a jvp), attention has no such derivative (a jvp of a vmap or of a grad), a module has
             backward hooks, which PyTorch would leave out, or a selective checkpoint would see what
@@ -79,7 +80,9 @@ def jvp(
         if not tangent_grad:
             mode.forget_level = current_level()
         with mode:
-            return func(*args)
+            result = func(*args)
+        _check_result(result, has_aux)
+        return result
 
     primals, tangents = pytree.tree_map(_owned, (primals, tangents))
     if not tangent_grad:
@@ -121,3 +124,20 @@ def _check(primals, tangents) -> None:
         _checks.dense(f"tangents[{i}]", tangent)
         _checks.tensor(f"primals[{i}]", primal)
         _checks.like(f"tangents[{i}]", tangent, f"primals[{i}]", primal)
+
+
+def _check_result(result, has_aux: bool) -> None:
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"func: returned {_checks.describe(result)}, expected a pair (out, aux), as has_aux is "
+            "True"
+        )
+    leaves = pytree.tree_leaves(result[0] if has_aux else result)
+    if not leaves:
+        raise TypeError(f"func: returned {_checks.describe(result)}, expected a tensor in it")
+    for x in leaves:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"func: returned {_checks.describe(x)}, expected a tensor or a pytree of tensors "
+                "alone; has_aux is for what else it has to return"
+            )
