@@ -112,6 +112,7 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
 
     `live`: which of the keys are inside of the bounds; None: all.
     """
+    HIDDEN: tl.constexpr = META.CAUSAL and live is not None  # later keys, whose T may be anything
     k, tk, v, tv = keys
     s, t = _scores(q, tq, k, tk, META.PRECISION)
     if live is not None:
@@ -128,11 +129,13 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
     mu, c, h = state.mu, state.c, None
     if t is not None:
         t = t * scale
-        if META.CAUSAL and live is not None:
-            t = tl.where(p == 0.0, 0.0, t)  # that of a later key may be anything
         if v[0].dtype == tl.float32:
+            if HIDDEN:
+                t = tl.where(p == 0.0, 0.0, t)
             c = _shift(c, a, p, t)
         h = p * (t - c[:, None])
+        if HIDDEN and v[0].dtype != tl.float32:  # in fewer registers
+            h = tl.where(p == 0.0, 0.0, h)
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
     return _State(m, state.l * a + tl.sum(p, 1), mu, c, sums, acc, tacc)
@@ -175,10 +178,8 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
 
 @triton.jit
 def _shift(c, a, p, t):
-    """c; where nothing that has been seen counts any more, a new one: the mean of T, weighted by p.
-
-    That of a key which takes all is its own T, and its h is 0, as in eager's formula.
-    """
+    """c; a new one where nothing counts that came before: the mean of T by p. That of a key which
+    takes all is its own T, and its h is 0."""
     return tl.where(a == 0.0, tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0), c)
 
 
@@ -378,14 +379,8 @@ def _plan(p: Forward, precision: str) -> tuple[_triton.Launch, list[tuple | None
     strides = [_triton.strides(x, vec) for x in tensors]
     strides[6:8] = (mask_strides(x) for x in tensors[6:8])
     meta = Meta(
-        row.features(d),
-        row.features(e, row.widest_e),
-        vec,
-        p.causal,
-        row.precision(precision),
-        row.block_m,
-        row.block_n,
-        row.bounded_tile(p.mask is not None, masked),
+        *(row.features(d), row.features(e, row.widest_e), vec, p.causal, row.precision(precision)),
+        *(row.block_m, row.block_n, row.bounded_tile(p.mask is not None, masked)),
         (p.scale > 0) - (p.scale < 0),
     )
     scale = abs(p.scale) or 1.0
