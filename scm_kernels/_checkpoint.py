@@ -22,10 +22,11 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _make_saved_tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-from scm_kernels._duals import apart, current_level, jvp_at_work
+from scm_kernels._duals import apart, current_level, jvp_at_work, outside
 
 # What was there when the jvp at work began: a checkpoint around it computes all of it again.
 # Other hooks of saved tensors, which may move them elsewhere, are to see what PyTorch saves alone.
@@ -39,7 +40,7 @@ def inside_of_a_jvp() -> Iterator[None]:
     of_checkpoint = getattr(hook, "__module__", "") == torch.utils.checkpoint.__name__
     token = _around.set((hook if of_checkpoint else None, _selecting()))
     save = torch.utils.checkpoint._make_saved_tensor
-    torch.utils.checkpoint._make_saved_tensor = lambda x, **options: save(_input(x), **options)
+    torch.utils.checkpoint._make_saved_tensor = _save_primal
     try:
         yield
     finally:
@@ -47,13 +48,22 @@ def inside_of_a_jvp() -> Iterator[None]:
         _around.reset(token)
 
 
-def _input(x: Tensor) -> Tensor:
-    """What a checkpoint is to keep of an input: its primal, which says whether it has a graph.
+def _save_primal(x: Tensor, *, is_output: bool):
+    """What a checkpoint keeps of an input: its primal, which says whether it has a graph.
 
     A tensor inside of a jvp does not, and hooks around the checkpoint, such as those of another,
     would give it back as one without.
     """
-    return x if jvp_at_work() is None else apart(x, current_level()).primal
+    if jvp_at_work() is None:
+        return _make_saved_tensor(x, is_output=is_output)
+    x = apart(x, current_level()).primal
+    with outside():
+        return _make_saved_tensor(x, is_output=is_output)
+
+
+def hooked() -> bool:
+    """Whether there are hooks of saved tensors."""
+    return _hook() is not None
 
 
 def looks_on() -> bool:

@@ -221,7 +221,7 @@ class Backward {
       s = bias == dead ? dead : s + bias;
     }
     if constexpr (kBoth) {
-      t = load<VecF>(t_ + at) * p_.scale;
+      t = rounded(load<VecF>(t_ + at) * p_.scale);  // as in the forward, whose mu it is
       if constexpr (kMasked) {
         if (p_.tmask) t += load<VecF>(t_bias_ + at);
         t = s == dead ? VecF{} : t;

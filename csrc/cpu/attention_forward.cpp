@@ -21,6 +21,7 @@ namespace {
 // in bfloat16 15%.
 constexpr int64_t kRows = 64;
 constexpr int64_t kKeys = 64;
+constexpr float kNothing = 1e-14f;  // of the factor of what came before: eps squared
 
 // A tile of scores, which are final under a mask and raw without, and of their tangents.
 struct Scores {
@@ -36,7 +37,7 @@ struct Scores {
   // T; 0 of a dead key, of which it may be anything.
   template <bool kMasked>
   [[gnu::always_inline]] VecF tangents(int64_t at) const {
-    VecF y = load<VecF>(t + at) * scale;
+    VecF y = rounded(load<VecF>(t + at) * scale);  // and c is such a number
     if constexpr (kMasked) {
       if (t_bias) y += load<VecF>(t_bias + at);
       y = load<VecF>(s + at) == broadcast(-__builtin_inff()) ? VecF{} : y;
@@ -163,7 +164,8 @@ class Forward {
     const VecF origin = peak == dead ? VecF{} : peak;
     const VecF rescale = exp_nonpositive(old_peak - origin);
     const Scores x{s_, t_, p_.tmask ? t_bias_ : nullptr, scale};
-    if (kTangent && any(rescale == VecF{})) fix_shift<kMasked>(x, keys, column, origin, rescale);
+    const VecI anew = rescale < broadcast(kNothing);
+    if (kTangent && any(anew)) fix_shift<kMasked>(x, keys, column, origin, anew);
     const VecF shift = load<VecF>(state_.shift + column);
     Sums sums;
     for (int64_t key = 0; key < keys; key += Element::kPerElement) {
@@ -214,7 +216,7 @@ class Forward {
 
   // c, the mean of T by p, of the rows in which nothing counts that came before this tile.
   template <bool kMasked>
-  void fix_shift(const Scores& x, int64_t keys, int64_t column, VecF origin, VecF rescale) {
+  void fix_shift(const Scores& x, int64_t keys, int64_t column, VecF origin, VecI anew) {
     VecF sum{}, total{};
     for (int64_t key = 0; key < keys; ++key) {
       const int64_t at = column + key * pitch_;
@@ -223,7 +225,7 @@ class Forward {
       total += p;
     }
     const VecF mean = sum / max(total, broadcast(1.0f));  // 0 without a live key
-    store(state_.shift + column, rescale == VecF{} ? mean : load<VecF>(state_.shift + column));
+    store(state_.shift + column, anew ? mean : load<VecF>(state_.shift + column));
   }
 
   // out, t_out [e, columns] take in p V and h V + p tV.

@@ -20,6 +20,7 @@ from scm_kernels.attention.problem import Forward
 from scm_kernels.attention.triton_config import forward_row
 from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_strides
 
+NOTHING = tl.constexpr(1e-14)  # of an a: it leaves less than float32's eps squared of all before
 SUMS = tl.constexpr(8)  # columns of `_State.sums`: those of one tensor core product
 
 
@@ -112,11 +113,12 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
 
     `live`: which of the keys are inside of the bounds; None: all.
     """
-    HIDDEN: tl.constexpr = META.CAUSAL and live is not None  # later keys, whose T may be anything
     k, tk, v, tv = keys
     s, t = _scores(q, tq, k, tk, META.PRECISION)
     if live is not None:
         s = tl.where(live, s, -float("inf"))
+        if META.CAUSAL and t is not None:
+            t = tl.where(live, t, 0.0)  # of a later key it may be anything
     if v[0].dtype == tl.float32:
         # m is that of the raw scores: large ones are subtracted before anything is rounded.
         m = tl.maximum(state.m, tl.max(s, 1))
@@ -130,12 +132,8 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
     if t is not None:
         t = t * scale
         if v[0].dtype == tl.float32:
-            if HIDDEN:
-                t = tl.where(p == 0.0, 0.0, t)
             c = _shift(c, a, p, t)
         h = p * (t - c[:, None])
-        if HIDDEN and v[0].dtype != tl.float32:  # in fewer registers
-            h = tl.where(p == 0.0, 0.0, h)
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
     return _State(m, state.l * a + tl.sum(p, 1), mu, c, sums, acc, tacc)
@@ -180,7 +178,7 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
 def _shift(c, a, p, t):
     """c; a new one where nothing counts that came before: the mean of T by p. That of a key which
     takes all is its own T, and its h is 0."""
-    return tl.where(a == 0.0, tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0), c)
+    return tl.where(a < NOTHING, tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0), c)
 
 
 # --- tiles of keys

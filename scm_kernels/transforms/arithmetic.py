@@ -108,7 +108,8 @@ def softmax(func):
 
 
 def glu(mode, input, dim=-1):
-    """`F.glu`, a sigmoid(b); PyTorch has no tangent of it in half types on a CPU."""
+    """`F.glu`, a sigmoid(b). PyTorch has no gradient of its tangent, and in half types on a CPU no
+    tangent."""
     x, tx = unpack(input)
     if x.dtype.itemsize > 2 and not mode.tangent_grad:
         return NotImplemented
@@ -117,12 +118,12 @@ def glu(mode, input, dim=-1):
         wide = torch.promote_types(x.dtype, torch.float32)
         (a, b), (ta, tb) = (y.to(wide).chunk(2, dim) for y in (x, tx))
         gate = b.sigmoid()
-        t_out = gate * (ta + a * (1 - gate) * tb)
-    return mode.dual(out, t_out.to(out.dtype))
+        t_out = (gate * (ta + a * (1 - gate) * tb)).to(out.dtype)
+    return mode.dual(out, t_out)
 
 
 def hardsigmoid(mode, input, inplace=False):
-    """`F.hardsigmoid`, x / 6 + 1 / 2 between 0 and 1."""
+    """`F.hardsigmoid`, x / 6 + 1 / 2 between 0 and 1, of whose tangent PyTorch has no gradient."""
     x, tx = unpack(input)
     if inplace or not mode.tangent_grad:
         return NotImplemented
@@ -130,6 +131,9 @@ def hardsigmoid(mode, input, inplace=False):
     with tangent_context(mode):
         t_out = torch.where((x > -3) & (x < 3), tx / 6, 0.0)
     return mode.dual(out, t_out)
+
+
+glu.is_shortcut = hardsigmoid.is_shortcut = True
 
 
 def _is_operand(x: object) -> bool:

@@ -132,12 +132,14 @@ def _check_result(result, has_aux: bool) -> None:
             f"func: returned {_checks.describe(result)}, expected a pair (out, aux), as has_aux is "
             "True"
         )
-    leaves = pytree.tree_leaves(result[0] if has_aux else result)
-    if not leaves:
-        raise TypeError(f"func: returned {_checks.describe(result)}, expected a tensor in it")
-    for x in leaves:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"func: returned {_checks.describe(x)}, expected a tensor or a pytree of tensors "
-                "alone; has_aux is for what else it has to return"
-            )
+    parts = {"out": result[0], "aux": result[1]} if has_aux else {"out": result}
+    for name, part in parts.items():
+        leaves = pytree.tree_leaves(part)
+        for x in leaves:
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"func: in what it returns as {name} got {type(x).__qualname__}, expected a "
+                    "tensor or a pytree of tensors alone"
+                )
+        if not leaves and name == "out":
+            raise TypeError("func: returned no tensor, expected one or a pytree of some")

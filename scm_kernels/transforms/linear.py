@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scm_kernels import _checks
-from scm_kernels._checkpoint import unrecorded
+from scm_kernels._checkpoint import hooked, unrecorded
 from scm_kernels._duals import primals, unpack
 
 _BROADCASTING = frozenset({torch.matmul, Tensor.__rmatmul__})
@@ -31,13 +31,14 @@ def on_primals(mode, func, *operands, composite: bool = False):
 
     In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
-    which saves results or copies of its own, those too. functorch's transforms end before.
+    which saves results or copies of its own, those too. So it does by hooks, which may copy what
+    they are given. functorch's transforms end before.
     """
     if mode.apart:
         return func(*map(primals, operands))
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return func(*(unpack(x)[0] for x in operands))
-    if composite:
+    if composite or hooked():
         return unpack(func(*operands))[0]
     with forward_ad._set_fwd_grad_enabled(False):
         return func(*operands)

@@ -1,0 +1,94 @@
+"""Keys that are alone, that take all, or that no row may see: of attention and its gradients."""
+
+import math
+
+import pytest
+import torch
+from test_attention import device_of
+from test_attention_properties import BACKENDS
+
+import scm_kernels
+from scm_kernels import attention_jvp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hidden_key_that_is_not_a_number(backend, dtype):
+    """Spoils no gradient of the others, as under eager's mask."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 8, 16, dtype=dtype, device=device_of(backend)) for _ in range(6)]
+    x[1][:, :, 7] = x[4][:, :, 7] = math.nan
+    mask = torch.arange(8, device=device_of(backend)) < 7
+    leaves = [y.requires_grad_() for y in x[:3]]
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*x, attn_mask=mask)
+        gradients = torch.autograd.grad(outputs, leaves[1:], [torch.ones_like(y) for y in outputs])
+    assert all(y.isfinite().all() for y in outputs)
+    assert all(y[:, :, :7].isfinite().all() for y in gradients)
+
+
+@pytest.mark.parametrize("drowned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_later_key_that_is_not_a_number(backend, dtype, drowned):
+    """Reaches no row before it, under a causal mask, and all others, though its weight be 0."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 40, 16, dtype=dtype, device=device_of(backend)) for _ in range(6)]
+    x[4][:, :, 30] = math.nan
+    if drowned:
+        x[0][..., 0], x[1][:, :, 30, 0] = 8.0, -200.0
+    else:
+        x[1][:, :, 30] = math.nan
+    with scm_kernels.backend(backend):
+        out, t_out, lse, mu = attention_jvp(*x, is_causal=True, return_stats=True)
+    for y in (t_out, mu) if drowned else (out, t_out, lse, mu):
+        assert y[:, :, :30].isfinite().all()
+        assert y[:, :, 30:].isnan().all()
+
+
+@pytest.mark.parametrize("why", ["scores", "hidden", "late", "by 60"])
+@pytest.mark.parametrize("n", [2, 20, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key_that_takes_all_gives_its_value_and_its_tangent(backend, dtype, n, why):
+    """To the last digit, as by eager's formula: however large T is, nothing of it is left."""
+    torch.manual_seed(0)
+    m, options = 80, {"dtype": dtype, "device": device_of(backend)}
+    q, tq = 5 * torch.randn(2, 1, 2, m, 32, **options)
+    k, tk, v, tv = 5 * torch.randn(4, 1, 2, n, 32, **options)
+    tk *= 100
+    taken, mask = torch.randint(n, (m,), device=q.device), None
+    if why == "scores":
+        q[..., 0], k[..., 0] = 1000.0, torch.where(torch.arange(n, device=q.device) == 1, 1e3, 0.0)
+        taken.fill_(1)
+    elif why == "hidden":
+        mask = taken[:, None] == torch.arange(n, device=q.device)
+    elif why == "by 60":
+        mask, k = torch.full((m, n), -60.0, **options), k * 0.0
+        mask[torch.arange(m, device=q.device), taken] = 0.0
+    else:
+        mask = torch.full((m, n), -1e4, **options)
+        mask[torch.arange(m, device=q.device), taken] = 0.0
+    with scm_kernels.backend(backend):
+        out, t_out = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask, scale=0.3)
+    assert torch.equal(out, v[:, :, taken])
+    assert torch.equal(t_out, tv[:, :, taken])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softmax_of_one_key_does_not_vary(backend, dtype, masked):
+    """Its output is the value, and the gradients through it vanish, as eager's do."""
+    torch.manual_seed(0)
+    device, shapes = device_of(backend), ((2, 4, 33, 64), (2, 2, 1, 64), (2, 2, 1, 48))
+    x = [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes * 2]
+    mask = torch.randn(33, 1, dtype=dtype, device=device, requires_grad=True) if masked else None
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*x, attn_mask=mask, enable_gqa=True)
+        leaves = [*x, mask] if masked else x
+        gradients = torch.autograd.grad(outputs, leaves, [torch.randn_like(y) for y in outputs])
+    for y, value in zip(outputs, (x[2], x[5]), strict=True):
+        assert torch.equal(y, value.repeat_interleave(2, 1).expand_as(y))
+    for i, gradient in enumerate(gradients):
+        assert (i in (2, 5)) == bool(gradient.any())
