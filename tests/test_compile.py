@@ -227,6 +227,19 @@ def test_has_aux():
     close(aux, out.mean())
 
 
+def test_a_gate_whose_tangent_is_recorded():
+    weight = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    x, tx = torch.randn(2, 4, 8, dtype=torch.float64)
+
+    @torch.compile(backend=AOT, fullgraph=True)
+    def step(x, tx):
+        return scm_kernels.jvp(lambda x: F.glu(x @ weight), (x,), (tx,), tangent_grad=True)
+
+    truth, result = true_jvp(lambda x: F.glu(x @ weight), (x,), (tx,)), step(x, tx)
+    close(result, truth)
+    close(*(gradients(*x, [weight], through_tangent=True) for x in (result, truth)))
+
+
 def test_gradient_of_a_jvp_inside():
     weight = torch.randn(8, 8, dtype=torch.float64)
     x, tx = torch.randn(2, 4, 8, dtype=torch.float64)

@@ -159,7 +159,7 @@ RULES = {
     getattr(Tensor, name): binary(getattr(Tensor, name), tangent, reflected=True)
     for tangent, name in _REFLECTED.items()
 }
-RULES[F.glu], RULES[F.hardsigmoid] = glu, hardsigmoid
+RULES[F.hardsigmoid] = hardsigmoid
 RULES[F.silu] = activation(F.silu, torch.ops.aten.silu_backward)
 RULES[F.gelu] = activation(F.gelu, torch.ops.aten.gelu_backward)
 RULES[F.mish] = activation(F.mish, torch.ops.aten.mish_backward)

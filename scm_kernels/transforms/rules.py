@@ -34,6 +34,7 @@ RULES = {
     F.group_norm: norm.group_norm,
     F.batch_norm: norm.batch_norm,
     F.instance_norm: norm.instance_norm,
+    F.glu: arithmetic.glu,
     torch.layer_norm: norm.layer_norm,
     torch.rms_norm: norm.rms_norm,  # what Dynamo makes of F.rms_norm
     torch.group_norm: norm.group_norm,
