@@ -108,6 +108,18 @@ def test_one_gradient(launches):
 
 
 @ptx
+def test_one_key_that_takes_all(launches):
+    """T is rounded before its mean is taken off, which the interpreter never fuses."""
+    torch.manual_seed(0)
+    q, tq = 5 * torch.randn(2, 1, 1, 16, 16)
+    k, tk, v, tv = 5 * torch.randn(4, 1, 1, 20, 16)
+    q[..., 0], k[..., 0] = 1e3, torch.where(torch.arange(20) == 19, 1e3, 0.0)
+    out, t_out = attention_jvp(q, k, v, tq, 100 * tk, tv, scale=0.3)
+    assert torch.equal(out, v[:, :, -1:].expand_as(out))
+    assert torch.equal(t_out, tv[:, :, -1:].expand_as(out))
+
+
+@ptx
 @slow
 def test_the_backward_has_the_scores_of_the_forward(launches, monkeypatch):
     """And their tangent, where its other products in float32 are for ordinary cores: lse and mu are

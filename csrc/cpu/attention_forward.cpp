@@ -21,7 +21,7 @@ namespace {
 // in bfloat16 15%.
 constexpr int64_t kRows = 64;
 constexpr int64_t kKeys = 64;
-constexpr float kNothing = 1e-14f;  // of the factor of what came before: eps squared
+constexpr float kNothing = 1e-10f;  // sums of weights that are lost in rounding: eps / 1024
 
 // A tile of scores, which are final under a mask and raw without, and of their tangents.
 struct Scores {
@@ -164,7 +164,8 @@ class Forward {
     const VecF origin = peak == dead ? VecF{} : peak;
     const VecF rescale = exp_nonpositive(old_peak - origin);
     const Scores x{s_, t_, p_.tmask ? t_bias_ : nullptr, scale};
-    const VecI anew = rescale < broadcast(kNothing);
+    const VecF before = load<VecF>(state_.total + column) * rescale;
+    const VecI anew = (before < broadcast(kNothing)) & (peak != dead);
     if (kTangent && any(anew)) fix_shift<kMasked>(x, keys, column, origin, anew);
     const VecF shift = load<VecF>(state_.shift + column);
     Sums sums;
@@ -214,7 +215,8 @@ class Forward {
     }
   }
 
-  // c, the mean of T by p, of the rows in which nothing counts that came before this tile.
+  // c, the mean of T by p, of the rows in which nothing counts that came before this tile. It takes
+  // the exponentials a second time: of most rows in their first tile alone.
   template <bool kMasked>
   void fix_shift(const Scores& x, int64_t keys, int64_t column, VecF origin, VecI anew) {
     VecF sum{}, total{};
@@ -224,8 +226,7 @@ class Forward {
       sum += p * x.tangents<kMasked>(at);
       total += p;
     }
-    const VecF mean = sum / max(total, broadcast(1.0f));  // 0 without a live key
-    store(state_.shift + column, anew ? mean : load<VecF>(state_.shift + column));
+    store(state_.shift + column, anew ? sum / total : load<VecF>(state_.shift + column));
   }
 
   // out, t_out [e, columns] take in p V and h V + p tV.

@@ -207,7 +207,7 @@ static void add_steps(int64_t rows, int64_t vectors, int64_t steps, const Left& 
   }
 }
 
-// Products that are summed in one go: of more, as 256 features are, a float32 sum loses more digits
+// Steps that are summed in one go: of more, as 256 features are, a float32 sum loses more digits
 // than eager's GEMM does. Without fused multiply-adds (SSE2) every product is rounded too: sums of
 // fewer make up for it.
 #if defined(__x86_64__) && !defined(__FMA__)

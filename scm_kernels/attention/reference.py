@@ -20,11 +20,12 @@ One streaming pass over tiles of keys keeps, for every row, m l mu c and two acc
 lse is kept in two numbers, its rounding and what that has lost: P = exp(S - lse - lse_low) has all
 digits where scores are large, and where an added mask drowns them (finfo.min + log l is finfo.min).
 
-c is the mean of T by p, rowsum(p T) / rowsum(p), of the last tile before which nothing counts (a is
-below eps^2): the first that has a live key, or one whose scores drown all others. Without it a
-component that all of tK shares must cancel in tacc - mu O; with it, where one key takes all, h is 0
-to the last digit, as in eager's formula. A row without a live key gives O = tO = mu = 0 and lse =
--inf.
+c is the mean of T by p, rowsum(p T) / rowsum(p), of the first tile that has a live key, and again
+of each later one beside which all that came before is lost in rounding (a l is below eps / 1024).
+Without it a component that all of tK shares must cancel in tacc - mu O; with it, where one key
+takes all of these tiles, h is 0 to the last digit, as in eager's formula. Kernels of half types
+without a mask, whose rounding hides that, take the plain mean of the first tile. A row without a
+live key gives O = tO = mu = 0 and lse = -inf.
 
 Backward, with cotangents dO and dtO, and the same tiles:
 
@@ -235,7 +236,7 @@ class _RowState:
         if t is not None:
             t = t.flatten(2, 3)
             mean = (p * t).sum(-1, keepdim=True) / sums.clamp(min=1.0)  # or 0 without a live key
-            self.c = torch.where(a < torch.finfo(a.dtype).eps ** 2, mean, self.c)
+            self.c = torch.where(a * self.l < torch.finfo(a.dtype).eps / 1024, mean, self.c)
             h = (t - self.c).mul_(p)
             self.mu = a * self.mu + h.sum(-1, keepdim=True)
             self.tacc = torch.addcmul(h @ v, a, self.tacc)

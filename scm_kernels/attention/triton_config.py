@@ -113,7 +113,7 @@ _HALF = {
         Row(80, 64, 64, 4, 2, widest=64, widest_e=32, causal=False),
         Row(80, 64, 64, 4, 2, widest=16, widest_e=32),
         # Eight warps, for 16 rows a warp: 32 rows or 64 keys do not fit 255 registers. 112: 192,
-        # and 180; 128: 204, and 198. More parts, as 112 has, take registers for their addresses.
+        # and 181; 128: 204, and 198. More parts, as 112 has, take registers for their addresses.
         Row(96, 128, 32, 8, 3, widest=32, widest_e=64),
         Row(112, 128, 32, 8, 3, widest=16, widest_e=32, rest=32, causal=False),
         Row(112, 128, 32, 8, 3, widest=16, widest_e=16),

@@ -20,7 +20,7 @@ from scm_kernels.attention.problem import Forward
 from scm_kernels.attention.triton_config import forward_row
 from scm_kernels.attention.triton_tiles import LOG2E, Features, View, mask_strides
 
-NOTHING = tl.constexpr(1e-14)  # of an a: it leaves less than float32's eps squared of all before
+NOTHING = tl.constexpr(1e-10)  # sums of p that are lost in rounding: float32's eps / 1024
 SUMS = tl.constexpr(8)  # columns of `_State.sums`: those of one tensor core product
 
 
@@ -109,7 +109,7 @@ def _values(state, a, p, h, v, tv, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
-    """Take in a tile of keys without a mask: every row sees one. In half types c is known.
+    """Take in a tile of keys without a mask: then every row has seen one. In half types c is known.
 
     `live`: which of the keys are inside of the bounds; None: all.
     """
@@ -117,7 +117,7 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
     s, t = _scores(q, tq, k, tk, META.PRECISION)
     if live is not None:
         s = tl.where(live, s, -float("inf"))
-        if META.CAUSAL and t is not None:
+        if META.CAUSAL and t is not None and v[0].dtype != tl.float32:
             t = tl.where(live, t, 0.0)  # of a later key it may be anything
     if v[0].dtype == tl.float32:
         # m is that of the raw scores: large ones are subtracted before anything is rounded.
@@ -132,7 +132,9 @@ def _add_tile(state, q, tq, keys, live, scale, scale2, META: tl.constexpr):
     if t is not None:
         t = t * scale
         if v[0].dtype == tl.float32:
-            c = _shift(c, a, p, t)
+            if live is not None:  # and rounded: it is not fused with what comes next
+                t = tl.where(live, t, 0.0)
+            c = _shift(state, a, p, t)
         h = p * (t - c[:, None])
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
@@ -167,7 +169,7 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
     mu, c, h = state.mu, state.c, None
     if t is not None:
         t = tl.where(live, t, 0.0)
-        c = _shift(c, a, p, t)
+        c = _shift(state, a, p, t)
         h = p * (t - c[:, None])
         mu = mu * a + tl.sum(h, 1)
     sums, acc, tacc = _values(state, a, p, h, v, tv, META.PRECISION)
@@ -175,10 +177,11 @@ def _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META: tl.cons
 
 
 @triton.jit
-def _shift(c, a, p, t):
+def _shift(state, a, p, t):
     """c; a new one where nothing counts that came before: the mean of T by p. That of a key which
     takes all is its own T, and its h is 0."""
-    return tl.where(a < NOTHING, tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0), c)
+    mean = tl.sum(p * t, 1) / tl.maximum(tl.sum(p, 1), 1.0)
+    return tl.where(a * state.l < NOTHING, mean, state.c)
 
 
 # --- tiles of keys

@@ -51,8 +51,8 @@ def jvp(
         (out, t_out), or (out, t_out, aux) with `has_aux`; t_out has the structure of out.
 
     Raises:
-        TypeError, ValueError: primals or tangents do not fit, or what func returns is no tensors;
-            the message names the one.
+        TypeError, ValueError: primals or tangents do not fit, or func returns something other than
+            tensors; the message names the one.
         NotImplementedError: an op inside would lose its tangent (a custom op without a rule, a jvp
             of a jvp), attention has no such derivative (a jvp of a vmap or of a grad), a module has
             backward hooks, which PyTorch would leave out, or a selective checkpoint would see what
@@ -138,8 +138,8 @@ def _check_result(result, has_aux: bool) -> None:
         for x in leaves:
             if not isinstance(x, Tensor):
                 raise TypeError(
-                    f"func: in what it returns as {name} got {type(x).__qualname__}, expected a "
-                    "tensor or a pytree of tensors alone"
+                    f"func: returned {type(x).__qualname__} in {name}, expected a tensor or a "
+                    "pytree of tensors alone"
                 )
         if not leaves and name == "out":
             raise TypeError("func: returned no tensor, expected one or a pytree of some")

@@ -31,7 +31,7 @@ def on_primals(mode, func, *operands, composite: bool = False):
 
     In a plain `forward_ad.dual_level` a backward pass may run inside of the level, and its results
     have tangents if autograd has saved dual tensors: the operands, and of a `composite` function,
-    which saves results or copies of its own, those too. So it does by hooks, which may copy what
+    which saves results or copies of its own, those too; and where hooks of saved tensors copy, what
     they are given. functorch's transforms end before.
     """
     if mode.apart:

@@ -3,8 +3,9 @@
 A rule is called as `rule(mode, *args, **kwargs)` with the function's own arguments, at least one of
 which is a dual tensor, or the parts of one (`_duals.Dual`); `unpack` takes both. It returns
 `mode.dual(out, t_out)`, or NotImplemented for what it leaves to PyTorch. `mode.tangent_grad` says
-whether autograd is to record the tangent. One that `is_shortcut` does what PyTorch would do too,
-in less of the host's time; it is not asked where another transform than a jvp is at work.
+whether autograd is to record the tangent. One that `is_shortcut` is not asked where another
+transform than a jvp is at work: PyTorch does the same, if in more of the host's time or without a
+gradient of the tangent.
 """
 
 import torch
