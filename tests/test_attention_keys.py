@@ -63,10 +63,8 @@ def test_one_key_that_takes_all_gives_its_value_and_its_tangent(
     tk *= 100
     taken, mask = torch.randint(n, (m,), device=q.device), None
     if why == "scores":
-        q[..., 0], k[..., 0] = (
-            1000.0,
-            torch.where(torch.arange(n, device=q.device) == n - 1, 1e3, 0.0),
-        )
+        q[..., 0] = 1e3
+        k[..., 0] = torch.where(torch.arange(n, device=q.device) == n - 1, 1e3, 0.0)
         taken.fill_(n - 1)
     elif why == "hidden":
         mask = taken[:, None] == torch.arange(n, device=q.device)
