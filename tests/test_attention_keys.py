@@ -97,3 +97,64 @@ def test_a_softmax_of_one_key_does_not_vary(backend, dtype, masked):
         assert torch.equal(y, value.repeat_interleave(2, 1).expand_as(y))
     for i, gradient in enumerate(gradients):
         assert (i in (2, 5)) == bool(gradient.any())
+
+
+@pytest.mark.parametrize(("d", "e"), [(16, 16), (64, 200), (200, 21)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_key_that_takes_all_of_several_tiles_has_no_gradient_on_a_cpu(dtype, d, e):
+    """But that of its value: B - beta and A - delta cancel to the last digit, as in eager's."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("the native module is not built")
+    torch.manual_seed(0)
+    m, n = 70, 150
+    shapes = {"q": (m, d), "k": (n, d), "v": (n, e)}
+    x = [torch.randn(2, 2, *s, dtype=dtype, requires_grad=True) for s in shapes.values()] + [
+        torch.randn(2, 2, *s, dtype=dtype, requires_grad=True) for s in shapes.values()
+    ]
+    taken = torch.randint(n, (m,))
+    mask = torch.full((m, n), -1e4, dtype=dtype)
+    mask[torch.arange(m), taken] = 0.0
+    with scm_kernels.backend("cpu"):
+        outputs = attention_jvp(*x, attn_mask=mask)
+        gradients = torch.autograd.grad(outputs, x, [torch.randn_like(y) for y in outputs])
+    assert torch.equal(outputs[0], x[2][:, :, taken])
+    assert torch.equal(outputs[1], x[5][:, :, taken])
+    for i, gradient in enumerate(gradients):
+        assert (i in (2, 5)) == bool(gradient.any())
+
+
+@pytest.mark.parametrize("why", ["sharp", "common", "rising"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_keys_have_in_common_costs_no_digits_of_the_gradients(backend, why, monkeypatch):
+    """gS and gT of a row sum to 0, and rounding must not have what is left times a large key."""
+    monkeypatch.setattr(reference, "reference_tiles", lambda *_: (64, 64))
+    torch.manual_seed(0)
+    m, n, d = 32, 300, 64
+    q, tq, dout, dt_out = torch.randn(4, 1, 2, m, d, device=device_of(backend))
+    k, tk, v, tv = torch.randn(4, 1, 2, n, d, device=device_of(backend))
+    if why == "rising":  # over the keys, of which the last take all
+        q[..., 0] = 8.0
+        k[..., 0] = tk[..., 0] = 60 * torch.arange(n, device=q.device) / n
+    else:
+        q *= 60 if why == "sharp" else 20
+        tk += 300 if why == "common" else 0
+    x = (q, k, v, tq, tk, tv)
+
+    def eager(*x):
+        function = lambda q, k, v: (q @ k.mT * 0.125).softmax(-1) @ v  # noqa: E731
+        return torch.func.jvp(function, x[:3], x[3:])
+
+    def gradients(function, dtype):
+        leaves = [y.to(dtype).requires_grad_() for y in x]
+        outputs = function(*leaves)
+        return torch.autograd.grad(outputs, leaves, (dout.to(dtype), dt_out.to(dtype)))
+
+    def ours(*x):
+        with scm_kernels.backend(backend):
+            return attention_jvp(*x, scale=0.125)
+
+    lo, got = gradients(eager, torch.float32), gradients(ours, torch.float32)
+    for truth, low, y in zip(gradients(eager, torch.float64), lo, got, strict=True):
+        error, allowed, eps = (y - truth).abs(), (low - truth).abs(), torch.finfo(y.dtype).eps
+        assert error.mean() <= 2 * allowed.mean() + 2 * eps * truth.abs().mean()
+        assert error.max() <= 5 * allowed.max() + 2 * eps * truth.abs().max()

@@ -16,6 +16,7 @@
 #include <cstdlib>
 
 #include "attention_plan.h"
+#include "attention_rest.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -92,6 +93,7 @@ class Backward {
     statistics(b, h, row, rows);
     if (dq_) std::memset(dq_, 0, 4 * p_.d * pitch_);
     if (dtq_) std::memset(dtq_, 0, 4 * p_.d * pitch_);
+    rest_ = {};
     const int64_t last = p_.causal ? least(p_.n, row + rows) : p_.n;
     for (int64_t key = 0; key < last; key += kKeys) {
       const Tile tile{row, rows, key, least(kKeys, last - key), columns_, pitch_};
@@ -103,6 +105,7 @@ class Backward {
       add_to_mask(matrix(p_.dmask, b, h), tile, a_);
       add_to_mask(matrix(p_.dtmask, b, h), tile, b_);
     }
+    rest_.take_off(inputs_.k, inputs_.tk, rows, p_.d, dq_, dtq_, pitch_);
     store_scaled(matrix(p_.dq, b, h), row, rows, dq_);
     store_scaled(matrix(p_.dtq, b, h), row, rows, dtq_);
   }
@@ -133,34 +136,20 @@ class Backward {
   // lse, mu, beta, delta of the rows. A row without a live key has lse = -infinity, and P = 0.
   void statistics(int64_t b, int64_t h, int64_t row, int64_t rows) {
     const int64_t first = (b * p_.h + h) * p_.m + row;
-    const Matrix out = matrix(p_.out, b, h), t_out = matrix(p_.t_out, b, h);
-    const Matrix dout = matrix(p_.dout, b, h), dt_out = matrix(p_.dt_out, b, h);
     for (int64_t i = 0; i < columns_; ++i) {
       const bool alive = i < rows && p_.lse[first + i] != -__builtin_inff();
       lse_[i] = alive ? p_.lse[first + i] : __builtin_inff();
       low_[i] = alive && p_.lse_low ? p_.lse_low[first + i] : 0.0f;
-      mu_[i] = beta_[i] = delta_[i] = 0.0f;
-      if (!alive) continue;
-      if (dout) delta_[i] = dot(dout, out, row + i);
-      if (!dt_out) continue;
-      mu_[i] = p_.mu[first + i];
-      beta_[i] = dot(dt_out, out, row + i);
-      delta_[i] += dot(dt_out, t_out, row + i);
+      mu_[i] = alive && dto_ ? p_.mu[first + i] : 0.0f;
     }
-  }
-
-  // Of a cotangent and an output. A tO that float16 does not hold is no part of a gradient that
-  // nothing flows back to.
-  float dot(const Matrix& cotangent, const Matrix& output, int64_t row) const {
-    VecF sum{};
-    for (int64_t j = 0; j < p_.e; j += kLanes) {
-      const VecF x = load_elements<Float32>(cotangent.at(row), cotangent.type, j, p_.e);
-      const VecF y = load_elements<Float32>(output.at(row), output.type, j, p_.e);
-      sum += x == 0.0f ? VecF{} : x * y;
+    const Matrix out = matrix(p_.out, b, h), t_out = matrix(p_.t_out, b, h);
+    const Matrix dout = matrix(p_.dout, b, h), dt_out = matrix(p_.dt_out, b, h);
+    for (int64_t i = 0; i < columns_; i += kLanes) {
+      const RowSums sums = sums_of_rows(out, t_out, dout, dt_out, row + i, rows - i, p_.e);
+      const VecI alive = load<VecF>(lse_ + i) != broadcast(__builtin_inff());
+      store(beta_ + i, alive ? sums.beta : VecF{});
+      store(delta_ + i, alive ? sums.delta : VecF{});
     }
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    return total;
   }
 
   // S and T, not scaled, to s_ and t_; B and A to b_ and a_.
@@ -194,11 +183,11 @@ class Backward {
     if (p_.tmask) transpose_mask(inputs_.tmask, tile, 0.0f, t_bias_);
     for (int64_t column = 0; column < columns_; column += kLanes) {
       if (dto_) {
-        masked ? gradients_of<true, true>(tile.keys, column, whole)
-               : gradients_of<true, false>(tile.keys, column, whole);
+        masked ? gradients_of<true, true>(tile, column, whole)
+               : gradients_of<true, false>(tile, column, whole);
       } else {
-        masked ? gradients_of<false, true>(tile.keys, column, whole)
-               : gradients_of<false, false>(tile.keys, column, whole);
+        masked ? gradients_of<false, true>(tile, column, whole)
+               : gradients_of<false, false>(tile, column, whole);
       }
     }
   }
@@ -254,10 +243,12 @@ class Backward {
 
   // P, tP, gT, gS of one vector of rows, from S, T, B, A.
   template <bool kBoth, bool kMasked>
-  void gradients_of(int64_t keys, int64_t column, bool whole) {
+  void gradients_of(const Tile& tile, int64_t column, bool whole) {
+    const int64_t keys = tile.keys;
     Rows rows{load<VecF>(lse_ + column), load<VecF>(low_ + column), load<VecF>(mu_ + column),
               load<VecF>(beta_ + column), load<VecF>(delta_ + column)};
     if (whole) centre<kBoth, kMasked>(keys, column, rows);
+    Rest::Rows rest = rest_.load(column);
     for (int64_t key = 0; key < keys; key += Element::kPerElement) {
       VecF p[2] = {}, tp[2] = {}, gt[2] = {}, gs[2] = {};
       SCM_UNROLL
@@ -274,6 +265,7 @@ class Backward {
           if (p_.dtmask) store(b_ + at, gt[i]);
         }
         gs[i] = w.p * gradient;
+        rest.add(w.p, gs[i], gt[i], tile.key + key + i);
         if (p_.dmask) store(a_ + at, gs[i]);
       }
       put(p, key, column, p_tile_, pitch_);
@@ -283,6 +275,7 @@ class Backward {
         put(gt, key, column, gt_, pitch_);
       }
     }
+    rest_.store(column, rest);
   }
 
   // x of one key, or of two as bfloat16.
@@ -348,6 +341,7 @@ class Backward {
   float *dq_, *dtq_;                          // [d, columns]
   float *lse_, *low_, *mu_, *beta_, *delta_;  // [columns]
   char* end_;
+  Rest rest_;
 };
 
 template <class Element>

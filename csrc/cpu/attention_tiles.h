@@ -66,6 +66,17 @@ SCM_INLINE VecF load_elements(const char* row, Type type, int64_t from, int64_t 
   }
 }
 
+// kLanes elements of kLanes rows, from feature `from` on, transposed; zeros past the last row.
+template <class Element>
+SCM_INLINE void load_transposed(const Matrix& x, int64_t first, int64_t rows, int64_t from,
+                                int64_t width, VecF (&to)[kLanes]) {
+  for (int64_t r = 0; r < kLanes; ++r) {
+    const char* at = x.at(first + r);
+    to[r] = r < rows ? load_elements<Element>(at, x.type, from, width) : VecF{};
+  }
+  transpose(to);
+}
+
 // to [elements(width), columns] = x [rows, width] transposed; zeros in columns past the rows.
 template <class Element>
 static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t width, float* to,
@@ -80,13 +91,10 @@ static void transpose_rows(const Matrix& x, int64_t first, int64_t rows, int64_t
         const char* at = x.at(first + i) + 4 * j;
         SCM_UNROLL
         for (int r = 0; r < kLanes; ++r) block[r] = load<VecF>(at + r * x.row);
+        transpose(block);
       } else {
-        for (int64_t r = 0; r < kLanes; ++r) {
-          const char* at = x.at(first + i + r);
-          block[r] = i + r < rows ? load_elements<Element>(at, x.type, from, width) : VecF{};
-        }
+        load_transposed<Element>(x, first + i, rows - i, from, width, block);
       }
-      transpose(block);
       const int64_t count = least<int64_t>(kLanes, height - j);
       for (int64_t r = 0; r < count; ++r) store(to + (j + r) * pitch + i, block[r]);
     }
@@ -213,6 +221,42 @@ static void add_product(int64_t rows, int64_t vectors, int64_t steps, const Left
     add(left1, right.b2, c2);
     add(left2, right.b1, c2);
   }
+}
+
+// --- sums over the features ----------------------------------------------------------------------
+
+struct RowSums {
+  VecF beta, delta;
+};
+
+// dtO O, and dO O + dtO tO, of kLanes rows of `width` features, summed in the order in which a
+// product of matrices sums B = dtO V and A = dO V + dtO tV: where one key takes all, O and tO are
+// its V and tV, and B - beta and A - delta cancel to the last digit, as in eager's formula.
+static inline RowSums sums_of_rows(const Matrix& out, const Matrix& t_out, const Matrix& dout,
+                                   const Matrix& dt_out, int64_t first, int64_t rows,
+                                   int64_t width) {
+  const auto add = [](VecF sum, VecF cotangent, VecF output) {
+    // A tO that float16 does not hold is no part of a gradient that nothing flows back to.
+    return Float32::multiply_add(sum, cotangent, cotangent == 0.0f ? VecF{} : output);
+  };
+  RowSums total{};
+  for (int64_t start = 0; start < width; start += kStepsASum) {
+    RowSums part{};
+    for (int64_t j = start; j < least(width, start + kStepsASum); j += kLanes) {
+      VecF o[kLanes], to[kLanes] = {}, d[kLanes] = {}, dt[kLanes] = {};
+      load_transposed<Float32>(out, first, rows, j, width, o);
+      if (t_out) load_transposed<Float32>(t_out, first, rows, j, width, to);
+      if (dout) load_transposed<Float32>(dout, first, rows, j, width, d);
+      if (dt_out) load_transposed<Float32>(dt_out, first, rows, j, width, dt);
+      SCM_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        part.beta = add(part.beta, dt[i], o[i]);
+        part.delta = add(add(part.delta, d[i], o[i]), dt[i], to[i]);
+      }
+    }
+    total.beta += part.beta, total.delta += part.delta;
+  }
+  return total;
 }
 
 // --- masks ---------------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ _INSTEAD = (
     "a jvp of a jvp is not supported."
 )
 _PRIMALS = (0, 1, 2, 6)  # q, k, v and mask among the inputs
+_ROWS = (  # of a gradient's problem
+    *("q", "k", "v", "tq", "tk", "tv"),
+    *("out", "t_out", "dout", "dt_out"),
+)
+_gradient_plans = _plans.Plans()  # of kinds whose tensors are as every backend may rely on them
 _VECTORISED = (
     "scm_kernels: a gradient of attention inside of a vectorised jacobian in forward mode "
     '(torch.autograd.functional.hessian with outer_jacobian_strategy="forward-mode") is not '
@@ -249,27 +254,31 @@ def _fake_backward(*args):
 
 
 def _backward(dout, dt_out, *args):
-    *tensors, out, t_out, lse, mu, low, causal, scale, _wanted, backend = args
+    *tensors, out, t_out, lse, mu, low, causal, scale, wanted, backend = args
     gradients = _empty_backward(dout, dt_out, *args)
     if 0 in (*lse.shape, tensors[1].shape[2]):  # rows or keys
         return [x.zero_() for x in gradients if x is not None]
-    problem = Backward(
-        *(_rowwise(x) for x in tensors[:6]),
-        *tensors[6:],
-        causal,
-        scale,
-        *(_rowwise(out), _rowwise(t_out)),
-        # vmap expands them.
-        *(None if x is None else x.contiguous() for x in (lse, mu, _needed(low))),
-        *(_rowwise(dout), _rowwise(dt_out)),
-        *gradients,
-    )
-    _backends.run("attention", "backward", problem, backend, torch_backward)
+    given = *tensors, causal, scale, out, t_out, lse, mu, _needed(low), dout, dt_out
+    kind = *wanted, _backends.setting(backend), *_plans.kind(given)
+    plan, problem = _gradient_plans[kind], Backward(*given, *gradients)
+    if plan is None:
+        problem = _prepared(problem)
+        plan = _backends.plan("attention", "backward", problem, backend, torch_backward)
+        if all(x is y for x, y in zip(given, problem, strict=False)):
+            _gradient_plans[kind] = plan
+    plan(problem)
     if problem.k.shape[2] == 1:  # a softmax of one key does not vary: this is what rounding left
         for x in (problem.dq, problem.dk, problem.dtq, problem.dtk, problem.dmask, problem.dtmask):
             if x is not None:
                 x.mul_(0.0)
     return [x for x in gradients if x is not None]
+
+
+def _prepared(p: Backward) -> Backward:
+    """The problem with rows as every backend may rely on them."""
+    rows = {name: _rowwise(getattr(p, name)) for name in _ROWS}
+    stats = ((name, getattr(p, name)) for name in ("lse", "mu", "lse_low"))  # which vmap expands
+    return p._replace(**rows, **{name: None if x is None else x.contiguous() for name, x in stats})
 
 
 class _AttentionBackward(_library.Function):

@@ -38,7 +38,11 @@ Backward, with cotangents dO and dtO, and the same tiles:
 
 T enters a gradient as T - mu alone, for the same reason as c. Where rows see the keys of one tile
 alone, mu, beta and delta are summed again, of the very T, B and A that they are taken from: where
-one key takes all, those cancel to the last digit, as in eager's formula.
+one key takes all, those cancel to the last digit, as in eager's formula. The C++ kernels sum beta
+and delta in the order of B and A, so that they do there over any number of tiles. The sums of gS
+and of gT over the keys are 0, but for what rounding leaves, which dQ and dtQ would have times what
+keys have in common: it is taken off the heaviest key of the row, the one of the largest P. (Not by
+Triton's kernels of half types, whose rounding is more than that.)
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -271,6 +275,7 @@ def backward(problem: Backward) -> None:
         row, key_tiles = _RowGradient(tiles, rows), list(tiles.key_tiles(rows))
         for keys in key_tiles:
             row.add(keys, sums, whole=len(key_tiles) == 1)
+        row.take_off_rest(sums)
     for name, total in sums.items():
         if total is not None:
             getattr(problem, name).copy_(total)
@@ -300,6 +305,8 @@ class _RowGradient:
             # A tO that float16 does not hold is no part of a gradient that nothing flows back to.
             products = (self.dto * t_out).masked_fill(self.dto == 0, 0.0)
             self.delta += products.sum(-1, keepdim=True)
+        self.rest_s = self.rest_t = self.most = torch.zeros_like(self.delta)
+        self.heaviest = torch.zeros_like(self.delta, dtype=torch.int64)
 
     def add(self, keys: slice, sums: dict[str, Tensor | None], *, whole: bool) -> None:
         """`whole`: the rows see no keys but these."""
@@ -321,6 +328,27 @@ class _RowGradient:
         a = a - self.delta
         grad_s = p * (_centred(a, p) if whole else a)
         self._scatter(keys, sums, p, t_p, grad_s, grad_t)
+        self.rest_s = self.rest_s + grad_s.sum(-1, keepdim=True)
+        if grad_t is not None:
+            self.rest_t = self.rest_t + grad_t.sum(-1, keepdim=True)
+        most, key = p.max(-1, keepdim=True)
+        self.heaviest = torch.where(most > self.most, keys.start + key, self.heaviest)
+        self.most = torch.maximum(self.most, most)
+
+    def take_off_rest(self, sums: dict[str, Tensor | None]) -> None:
+        """What rounding has left of sums of gS and gT that are 0, off the heaviest key's."""
+        k, tk = (
+            None if x is None else x.gather(2, self.heaviest.expand(-1, -1, -1, x.shape[3]))
+            for x in (self.tiles.k, self.tiles.tk)
+        )
+        for name, rest, x in (
+            *(("dq", self.rest_s, k), ("dq", self.rest_t, tk)),
+            ("dtq", self.rest_t, k),
+        ):
+            if sums[name] is not None and x is not None:
+                part = torch.where(rest == 0, 0.0, rest * x)
+                part = part.reshape(self.tiles.b, self.tiles.h, -1, x.shape[3])
+                sums[name][:, :, self.span].sub_(part, alpha=self.tiles.problem.scale)
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:
         """Add this tile's part to every gradient that is wanted."""

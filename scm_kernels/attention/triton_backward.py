@@ -214,7 +214,7 @@ def _gradients(
     queries, stats, x, batch, head, key_head, row, key, M, N, scale,
     BOUNDS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    """(gS, gT, K, tK) of a tile of rows and keys [M, N]."""
+    """(gS, gT, P, K, tK) of a tile of rows and keys [M, N]."""
     rows, at = row + tl.arange(0, META.BLOCK_M), key + tl.arange(0, META.BLOCK_N)
     inside, live = None, None
     if BOUNDS:
@@ -225,8 +225,8 @@ def _gradients(
     keys = gradients.load_keys(x, batch, key_head, key, inside, META)
     mask = gradients.load_mask(x.mask, batch, head, row, key, M, N, False, BOUNDS, META)
     tmask = gradients.load_mask(x.tmask, batch, head, row, key, M, N, False, BOUNDS, META)
-    g_s, g_t = gradients.gradients(queries, keys, stats, mask, tmask, live, scale, META)
-    return g_s, g_t, keys[0], keys[1]
+    g_s, g_t, p = gradients.gradients(queries, keys, stats, mask, tmask, live, scale, META)
+    return g_s, g_t, p, keys[0], keys[1]
 
 
 @triton.jit
@@ -234,14 +234,28 @@ def _add_keys(
     sums, queries, stats, x, batch, head, key_head, row, key, M, N, scale,
     BOUNDS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of keys gives to (dq, dtq) of a tile of rows."""
-    dq, dtq = sums
-    g_s, g_t, k, tk = _gradients(
+    """Add what one tile of keys gives to (dq, dtq, rest) of a tile of rows."""
+    dq, dtq, rest = sums
+    g_s, g_t, p, k, tk = _gradients(
         queries, stats, x, batch, head, key_head, row, key, M, N, scale, BOUNDS, META
     )
     dtq = gradients.add_product(dtq, g_t, k, META.PRECISION)
     dq = gradients.add_product(dq, g_t, tk, META.PRECISION)
-    return gradients.add_product(dq, g_s, k, META.PRECISION), dtq
+    rest = gradients.add_rest(rest, g_s, g_t, p, key, x.dt_out is not None)
+    return gradients.add_product(dq, g_s, k, META.PRECISION), dtq, rest
+
+
+@triton.jit
+def _without_rest(sums, x, batch, key_head, META: tl.constexpr):
+    """(dq, dtq) of (dq, dtq, rest)."""
+    dq, dtq, rest = sums
+    if META.REST:
+        s, t, most, heaviest = rest
+        k = tiles.gather_rows(x.k, batch, key_head, heaviest, most > 0.0, META.D, META.VEC)
+        tk = tiles.gather_rows(x.tk, batch, key_head, heaviest, most > 0.0, META.D, META.VEC)
+        dq = gradients.less_rest(gradients.less_rest(dq, s, k), t, tk)
+        dtq = gradients.less_rest(dtq, t, k)
+    return dq, dtq
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
@@ -261,6 +275,7 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     queries = gradients.load_queries(x, batch, head, row, inside, META)
     stats = gradients.load_stats(x, index, row, 1, META)
     sums = gradients.zeros_for(dq, ROWS, META.D), gradients.zeros_for(dtq, ROWS, META.D)
+    sums = *sums, gradients.no_rest(META)
 
     # Where rows lie at odd addresses loops count in 64 bits: of a count in 32, LLVM would widen the
     # lower half of a register of 64, which is legal PTX, and which no simulator here takes.
@@ -284,7 +299,7 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
             *(M, N, scale, True, META),
         )
 
-    sum_q, sum_tq = sums
+    sum_q, sum_tq = _without_rest(sums, x, batch, key_head, META)
     inside = tl.arange(0, ROWS) < M - row  # not as above: or it stays in registers until here
     tiles.store_rows(dq, sum_q, batch, head, row, inside, scale, ROWS, META.D, META.VEC)
     tiles.store_rows(dtq, sum_tq, batch, head, row, inside, scale, ROWS, META.D, META.VEC)
@@ -332,7 +347,7 @@ def attention_backward_mask_kernel(x, dmask, B, M, N, H, GROUP, scale, META: tl.
         inside = row + tl.arange(0, META.BLOCK_M) < M
         queries = gradients.load_queries(x, batch, head, row, inside, META)
         stats = gradients.load_stats(x, batch * H + head, row, 1, META)
-        g_s, _, _, _ = _gradients(
+        g_s, _, _, _, _ = _gradients(
             queries, stats, x, batch, head, head // GROUP, row, key, M, N, scale, True, META
         )
         total += g_s

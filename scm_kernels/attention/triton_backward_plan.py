@@ -168,10 +168,12 @@ def _pass(
         )
     forward = forward_row(architecture, p.q.dtype, features, p.causal, masked, precision == "ieee")
     products, scores = row.precision(precision), forward.precision(precision)
+    float32 = p.q.dtype == torch.float32
     raw = p.lse_low is not None and p.mask is None and p.scale != 0.0
     meta = Meta(
         *(row.features(d), row.features(e), vec, p.causal, products, scores),
-        *(row.block_m, row.block_n, raw, n <= row.block_n and p.q.dtype == torch.float32),
+        *(row.block_m, row.block_n, raw),
+        *(float32 and n <= row.block_n, float32 and n > row.block_n and kernel == "queries"),
     )
     row_tiles, key_tiles = triton.cdiv(m, row.block_m), triton.cdiv(n, row.block_n)
     numbers = m, n, h, h // hk, p.scale

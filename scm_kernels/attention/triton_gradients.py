@@ -58,6 +58,7 @@ class Meta(NamedTuple):
     BLOCK_N: int
     RAW: bool  # lse is that of scores without their scale
     WHOLE: bool  # one tile has all keys, in float32: in half types it is lost in their rounding
+    REST: bool  # several do, in float32: what rounding leaves of sums that are 0 is taken off
 
 
 # --- loads
@@ -218,7 +219,7 @@ def balanced(g, p, AXIS: tl.constexpr, META: tl.constexpr):
 
 @triton.jit
 def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr):
-    """(gS, gT) of a tile [M, N]; gT is () without a dtO."""
+    """(gS, gT, P) of a tile [M, N]; gT is () without a dtO."""
     P: tl.constexpr = META.PRECISION
     q, tq, do, dto = queries
     k, tk, v, tv = keys
@@ -231,4 +232,44 @@ def gradients(queries, keys, stats, mask, tmask, live, scale, META: tl.constexpr
         x = centred(t, tmask, mu, scale, p, 1, META)
     beside = beside_a(p, delta, g_t, x)
     a = product(dto, tv, product(do, v, None, P), P)
-    return balanced(gradient_of_scores(p, a, delta, beside), p, 1, META), g_t
+    return balanced(gradient_of_scores(p, a, delta, beside), p, 1, META), g_t, p
+
+
+# --- what rounding leaves of the sums of gS and gT over the keys of a row, which are 0
+
+
+@triton.jit
+def no_rest(META: tl.constexpr):
+    """Those sums, the largest P of each row, and whose it is; () where nobody asks."""
+    if META.REST:
+        zero = tl.zeros([META.BLOCK_M], tl.float32)
+        return zero, zero, zero, tl.zeros([META.BLOCK_M], tl.int32)
+    else:
+        return ()
+
+
+@triton.jit
+def add_rest(rest, g_s, g_t, p, key, BOTH: tl.constexpr):
+    """The same with a tile of keys, from `key` on; BOTH: with a gT."""
+    if len(rest) == 0:
+        return rest
+    else:
+        s, t, most, heaviest = rest
+        if BOTH:
+            t += tl.sum(g_t, 1)
+        top, at = tl.max(p, 1, return_indices=True)
+        heaviest = tl.where(top > most, tl.cast(key, tl.int32) + at, heaviest)
+        return s + tl.sum(g_s, 1), t, tl.maximum(top, most), heaviest
+
+
+@triton.jit
+def less_rest(sums, rest, x):
+    """sums - rest [M] times the rows of the heaviest keys."""
+    if len(sums) == 0 or len(x) == 0:
+        return sums
+    else:
+        result = ()
+        for i in tl.static_range(len(x)):
+            part = tl.where(rest[:, None] == 0.0, 0.0, rest[:, None] * x[i].to(tl.float32))
+            result = result + (sums[i] - part,)
+        return result

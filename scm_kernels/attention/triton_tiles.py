@@ -147,6 +147,23 @@ def load_rows(
 
 
 @triton.jit
+def gather_rows(x, batch, head, rows, live, F: tl.constexpr, VEC: tl.constexpr):
+    """These rows of a head of a view, as `load` has them; () of an absent tensor."""
+    if x is None:
+        return ()
+    else:
+        start = head_start(x.data, x.strides, batch, head, VEC)
+        offsets = (rows.to(tl.int64) * decoded(x.strides[2]) * VEC)[:, None]
+        parts = ()
+        for i in tl.static_range(len(F.parts)):
+            columns = (F.parts[i][0] + tl.arange(0, F.parts[i][1]))[None, :]
+            end: tl.constexpr = F.parts[i][0] + F.parts[i][1]
+            part = _load_part(start + (offsets + columns), live[:, None], columns, end, F.width)
+            parts = parts + (part,)
+        return parts
+
+
+@triton.jit
 def store_rows(
     x, sums, batch, head, row, live, factor, ROWS: tl.constexpr, F: tl.constexpr, VEC: tl.constexpr
 ):

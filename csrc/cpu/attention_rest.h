@@ -1,0 +1,59 @@
+// What rounding leaves of sums that are 0: those of gS and of gT over the keys of a row. dQ and dtQ
+// have it times what keys have in common, which may be large; so it goes to the row's heaviest key.
+#pragma once
+
+#include "attention_plan.h"
+
+namespace scm {
+namespace SCM_ISA {
+namespace {
+
+struct Rest {
+  // Of one vector of rows.
+  struct Rows {
+    VecF s, t;  // the sums
+    VecF most;  // the largest P
+    VecI key;   // whose it is
+
+    [[gnu::always_inline]] void add(VecF p, VecF gs, VecF gt, int64_t of) {
+      s += gs, t += gt;
+      key = p > most ? VecI{} + static_cast<int32_t>(of) : key;
+      most = max(p, most);
+    }
+  };
+
+  alignas(64) float s[kRows], t[kRows], most[kRows];
+  alignas(64) int32_t key[kRows];
+
+  Rows load(int64_t column) const {
+    return {SCM_ISA::load<VecF>(s + column), SCM_ISA::load<VecF>(t + column),
+            SCM_ISA::load<VecF>(most + column), SCM_ISA::load<VecI>(key + column)};
+  }
+
+  void store(int64_t column, const Rows& x) {
+    SCM_ISA::store(s + column, x.s), SCM_ISA::store(t + column, x.t);
+    SCM_ISA::store(most + column, x.most), SCM_ISA::store(key + column, x.key);
+  }
+
+  // dq, dtq [d, columns], where they are wanted, less this much of a row of K and of tK.
+  void take_off(const Matrix& k, const Matrix& tk, int64_t rows, int64_t d, float* dq, float* dtq,
+                int64_t pitch) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto subtract = [&](float* sum, float rest, const Matrix& x) {
+        if (sum == nullptr || !x || rest == 0.0f || most[i] == 0.0f) return;
+        for (int64_t j = 0; j < d; j += kLanes) {
+          const VecF part = load_elements<Float32>(x.at(key[i]), x.type, j, d) * rest;
+          const int64_t count = least<int64_t>(kLanes, d - j);
+          for (int64_t l = 0; l < count; ++l) sum[(j + l) * pitch + i] -= part[l];
+        }
+      };
+      subtract(dq, s[i], k);
+      subtract(dq, t[i], tk);
+      subtract(dtq, t[i], k);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace SCM_ISA
+}  // namespace scm
