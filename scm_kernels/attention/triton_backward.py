@@ -274,8 +274,8 @@ def attention_backward_queries_kernel(x, dq, dtq, M, N, H, GROUP, scale, META: t
     inside = row + tl.arange(0, ROWS) < M
     queries = gradients.load_queries(x, batch, head, row, inside, META)
     stats = gradients.load_stats(x, index, row, 1, META)
-    sums = gradients.zeros_for(dq, ROWS, META.D), gradients.zeros_for(dtq, ROWS, META.D)
-    sums = *sums, gradients.no_rest(META)
+    sum_q, sum_tq = gradients.zeros_for(dq, ROWS, META.D), gradients.zeros_for(dtq, ROWS, META.D)
+    sums = sum_q, sum_tq, gradients.no_rest(META)
 
     # Where rows lie at odd addresses loops count in 64 bits: of a count in 32, LLVM would widen the
     # lower half of a register of 64, which is legal PTX, and which no simulator here takes.

@@ -157,9 +157,9 @@ def gather_rows(x, batch, head, rows, live, F: tl.constexpr, VEC: tl.constexpr):
         parts = ()
         for i in tl.static_range(len(F.parts)):
             columns = (F.parts[i][0] + tl.arange(0, F.parts[i][1]))[None, :]
-            end: tl.constexpr = F.parts[i][0] + F.parts[i][1]
-            part = _load_part(start + (offsets + columns), live[:, None], columns, end, F.width)
-            parts = parts + (part,)
+            where = start + (offsets + columns)
+            end = F.parts[i][0] + F.parts[i][1]
+            parts = parts + (_load_part(where, live[:, None], columns, end, F.width),)
         return parts
 
 
