@@ -18,8 +18,8 @@ does not work, which only who asks for that backend has to wait for.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType, NoneType
@@ -55,10 +55,9 @@ def backends() -> dict[str, str]:
     return {name: _status(name) for name in reversed(NAMES)}
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force one backend, for every op called inside, and for their backward passes wherever those
-    run.
+class backend(ContextDecorator):  # noqa: N801  (a function to who uses it)
+    """Force one backend, for every op that this thread or task calls inside, and for their backward
+    passes wherever those run.
 
     Under a forced backend, a combination of inputs that it does not have raises
     `NotImplementedError`. `SCM_KERNELS_BACKEND=<name>` does the same from outside the program; this
@@ -72,11 +71,16 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is no backend.
         RuntimeError: the backend is not available on this machine (with the reason).
     """
-    token = _forced.set(_checked(name, "name"))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+
+    def __init__(self, name: str):
+        self.name = _checked(name, "name")
+        self.tokens = []  # of each time that it is entered
+
+    def __enter__(self) -> None:
+        self.tokens.append(_forced.set(self.name))
+
+    def __exit__(self, *error) -> None:
+        _forced.reset(self.tokens.pop())
 
 
 def requested() -> str:

@@ -39,12 +39,10 @@ def inside_of_a_jvp() -> Iterator[None]:
     hook = _hook()
     of_checkpoint = getattr(hook, "__module__", "") == torch.utils.checkpoint.__name__
     token = _around.set((hook if of_checkpoint else None, _selecting()))
-    save = torch.utils.checkpoint._make_saved_tensor
-    torch.utils.checkpoint._make_saved_tensor = _save_primal
+    torch.utils.checkpoint._make_saved_tensor = _save_primal  # for good: it is what it was outside
     try:
         yield
     finally:
-        torch.utils.checkpoint._make_saved_tensor = save
         _around.reset(token)
 
 

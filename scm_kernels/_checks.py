@@ -101,6 +101,21 @@ def number(
     return result
 
 
+def bare(
+    op: str, name: str, value: Tensor | None, like: Tensor, shape: tuple, *dtypes: torch.dtype
+) -> None:
+    """`value`, an argument of an op called as such, must fit, or be None."""
+    if value is None or (
+        value.shape == shape and value.dtype in dtypes and value.device == like.device
+    ):
+        return
+    names = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
+    raise ValueError(
+        f"torch.ops.scm_kernels.{op}, {name}: got {describe(value)}, expected shape {list(shape)}, "
+        f"{names}, on {like.device}"
+    )
+
+
 def flag(name: str, value: object) -> None:
     """`value` must be a bool."""
     if not isinstance(value, (bool, torch.SymBool)):
@@ -111,6 +126,6 @@ def integer(name: str, value: object, *, low: int) -> int:
     """`value`, an integer of at least `low`, as an int."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {describe(value)}, expected an int")
-    if value < low:
-        raise ValueError(f"{name}: got {value}, expected at least {low}")
+    if not low <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, expected at least {low} and less than 2^63")
     return int(value)

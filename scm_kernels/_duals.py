@@ -205,6 +205,22 @@ def require_grad(level: int, x: Tensor, requires_grad: bool = True) -> bool:
     return True
 
 
+def set_data(level: int, x: Tensor, data: Tensor) -> bool:
+    """x.data = data where x is no tensor of the jvp of this level, as a parameter is none: what was
+    computed inside would outlive the jvp there. False if PyTorch's own will do."""
+    if _functorch.maybe_get_level(x) == level or _functorch.maybe_get_level(data) != level:
+        return False
+    primal, tangent = apart(data, level)
+    if tangent is not None:
+        raise NotImplementedError(
+            "scm_kernels: x.data = y inside of a jvp got a y with a tangent, which would be lost, "
+            "as x is none of the jvp's tensors; pass y.detach() if it is meant to be a constant"
+        )
+    with outside():
+        x.data = primal
+    return True
+
+
 def register_hook(level: int, x: Tensor, hook: Callable) -> RemovableHandle:
     """A hook of the gradient of x, where autograd records it: outside of the jvp of this level."""
     if _functorch.maybe_get_level(x) != level:

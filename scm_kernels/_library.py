@@ -140,6 +140,7 @@ def _tell_flop_counters(op: Callable, flops: Callable) -> None:
 def define(
     schema: str,
     *,
+    check: Callable,
     kernel: Callable,
     fake: Callable,
     autograd: Callable,
@@ -147,12 +148,25 @@ def define(
     flops: Callable | None = None,
 ) -> Op:
     """Register one op: schema, kernel for every device, shapes without data, autograd, batching,
-    and the formula of its operations."""
-    name = schema.partition("(")[0]
+    and the formula of its operations.
+
+    `check` gets the op's name and its arguments by name; the public functions have made sure of
+    more, and go to the kernel where they can.
+    """
+    name, _, arguments = schema.partition(" -> ")[0].partition("(")
+    names = [argument.split()[-1] for argument in arguments.removesuffix(")").split(",")]
     kernel = without_autocast(kernel)
+
+    def checked(run):
+        def checked(*args):
+            check(name, dict(zip(names, args, strict=True)))
+            return run(*args)
+
+        return checked
+
     LIBRARY.define(schema)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, autograd, "Autograd")
+    LIBRARY.impl(name, checked(kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, checked(autograd), "Autograd")
     torch.library.register_fake(f"scm_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"scm_kernels::{name}", vmap, lib=LIBRARY)
     op = Op(schema, kernel, autograd, flops)

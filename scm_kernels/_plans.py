@@ -21,8 +21,12 @@ class Plans(dict):
         _all.append(self)
 
     def __missing__(self, key: tuple) -> None:
+        return None
+
+    def __setitem__(self, key: tuple, plan: object) -> None:
         if len(self) >= self.MOST:
             self.clear()
+        super().__setitem__(key, plan)
 
 
 class Number(float):

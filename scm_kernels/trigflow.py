@@ -136,7 +136,7 @@ def tangent_inputs(
 def sample(
     network: Network,
     noise: Tensor,
-    times: Sequence[float],
+    times: Sequence[float] | Tensor,
     *,
     sigma_data: float = 0.5,
     generator: torch.Generator | None = None,
@@ -153,7 +153,7 @@ def sample(
         network: (x / sd, t) -> F, like x; x / sd [B, ...] in noise's dtype, t [B] in float32
             (float64 for float64).
         noise: x at times[0] [B, ...], drawn from N(0, sd^2 I).
-        times: Decreasing times in (0, pi/2], radians; at least one.
+        times: Decreasing times in (0, pi/2], radians; at least one. A sequence, tensor or array.
         sigma_data: sd, > 0.
         generator: Source of the fresh noise, of the device's kind.
 
@@ -222,8 +222,9 @@ def solve_ode(
     _floating("noise", noise)
     steps = _checks.integer("steps", steps, low=1)
     sigma_data = _checks.number("sigma_data", sigma_data, above=0.0)
-    if method not in ("heun", "euler"):
-        raise ValueError(f"method: got {method!r}, expected 'heun' or 'euler'")
+    if not isinstance(method, str) or method not in ("heun", "euler"):
+        error = ValueError if isinstance(method, str) else TypeError
+        raise error(f"method: got {method!r}, expected 'heun' or 'euler'")
     t_max = math.atan(SIGMA_MAX / sigma_data) if t_max is None else t_max
     t_max = _checks.number("t_max", t_max, above=0.0, high=T_MAX)
     t_min = _checks.number("t_min", t_min, low=0.0)
@@ -305,8 +306,9 @@ def _generator(generator: object) -> None:
 
 def _times(times: object) -> list[float]:
     """`times` as a list, checked."""
+    given, times = times, times.tolist() if hasattr(times, "tolist") else times
     if isinstance(times, (str, bytes)) or not isinstance(times, Sequence):
-        raise TypeError(f"times: got {_checks.describe(times)}, expected a sequence of numbers")
+        raise TypeError(f"times: got {_checks.describe(given)}, expected a sequence of numbers")
     if not times:
         raise ValueError("times: got none, expected at least one")
     times = [_checks.number("times", t, above=0.0, high=T_MAX) for t in times]

@@ -44,7 +44,7 @@ BAD = {
     "key: number": (1.0, TypeError, "a tensor"),
     "key: dtype": (zeros(2, 4, 7, 8, dtype=F64), TypeError, "dtype of query"),
     "key: device": (zeros(2, 4, 7, 8, device="meta"), ValueError, "device of query"),
-    "key: rank": (zeros(4, 7, 8), ValueError, "leading dimensions"),
+    "key: rank": (zeros(8), ValueError, "leading dimensions"),
     "key: features": (zeros(2, 4, 7, 9), ValueError, "query's last dimension, 8"),
     "key: heads": (zeros(2, 3, 7, 8), ValueError, "enable_gqa=True"),
     "key, value: batch": ({"key": zeros(3, 4, 7, 8)}, ValueError, "broadcast with query's, [2]"),

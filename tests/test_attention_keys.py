@@ -158,3 +158,35 @@ def test_what_keys_have_in_common_costs_no_digits_of_the_gradients(backend, why,
         error, allowed, eps = (y - truth).abs(), (low - truth).abs(), torch.finfo(y.dtype).eps
         assert error.mean() <= 2 * allowed.mean() + 2 * eps * truth.abs().mean()
         assert error.max() <= 5 * allowed.max() + 2 * eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_minus_infinity(backend, dtype):
+    """By overflow, of all keys but the last: a row is that one's value, and its tangent that's."""
+    torch.manual_seed(0)
+    q, k, v, tv = torch.randn(4, 1, 2, 150, 32, device=device_of(backend)).to(dtype)
+    q[..., :1], k[..., :1] = 1e30, -1e30
+    k[:, :, -1] = 0.0
+    with scm_kernels.backend(backend):
+        out, t_out, lse, mu = attention_jvp(q, k, v, None, None, tv, return_stats=True)
+    assert torch.equal(out, v[:, :, -1:].expand_as(out))
+    assert torch.equal(t_out, tv[:, :, -1:].expand_as(out))
+    assert not lse.any()
+    assert not mu.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, -1e-38, 1e-42])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_that_leaves_nothing_of_the_scores(backend, dtype, scale):
+    torch.manual_seed(0)
+    x = [torch.randn(1, 2, 80, 16, device=device_of(backend)).to(dtype) for _ in range(6)]
+    with scm_kernels.backend(backend):
+        outputs = attention_jvp(*(y.requires_grad_() for y in x), scale=scale)
+        gradients = torch.autograd.grad(outputs, x, [torch.ones_like(y) for y in outputs])
+    for y, value in zip(outputs, (x[2], x[5]), strict=True):
+        torch.testing.assert_close(y, value.mean(2, keepdim=True).expand_as(y), atol=2e-2, rtol=0)
+    for i, gradient in enumerate(gradients):
+        expected = 1.0 if i in (2, 5) else 0.0
+        torch.testing.assert_close(gradient, torch.full_like(gradient, expected), atol=1e-2, rtol=0)

@@ -297,3 +297,28 @@ def test_writes_inside_of_a_vmap_around_the_jvp(tangent_grad, outer):
     stock = function(stock_jvp)
     close(tuple(ours), tuple(stock), 1e-5)
     close(*(torch.autograd.grad(y[tangent_grad].sum(), weight)[0] for y in (ours, stock)), 1e-4)
+
+
+@pytest.mark.parametrize("way", ["jvp", "fused"])
+def test_the_data_of_a_parameter_may_be_set_inside(way):
+    """Which what was computed inside would outlive the jvp in: it crashed."""
+    layer, (x, t) = nn.Linear(4, 3), torch.randn(2, 2, 4)
+
+    def f(x):
+        layer.weight.data = torch.ones(3, 4) * 2
+        return layer(x)
+
+    def lost(x):
+        layer.weight.data = x[:1].expand(3, 4)
+
+    for _ in range(2):
+        if way == "jvp":
+            out, t_out = scm_kernels.jvp(f, (x,), (t,))
+        else:
+            with scm_kernels.fused():
+                out, t_out = torch.func.jvp(f, (x,), (t,))
+        torch.testing.assert_close(t_out, t @ torch.full((4, 3), 2.0))
+        out.sum().backward()
+    assert type(layer.weight.data) is torch.Tensor
+    with pytest.raises(NotImplementedError, match=r"x\.data = y .* with a tangent"):
+        scm_kernels.jvp(lost, (x,), (t,))

@@ -57,7 +57,7 @@ T = torch.zeros(3, device=DEVICE)
         ({"dxdt": A.to_sparse()}, TypeError, "dxdt: got a tensor of layout sparse_coo, expected"),
         ({"t": T.to_sparse()}, TypeError, "t: got a tensor of layout sparse_coo, expected a dense"),
         ({"preset": "papr"}, ValueError, "preset: got 'papr', expected one of 'paper', 'rms'"),
-        ({"preset": None}, ValueError, "preset: got None, expected one of 'paper'"),
+        ({"preset": None}, TypeError, "preset: got None, expected one of 'paper'"),
         ({"nan_policy": "skip"}, ValueError, "nan_policy: got 'skip', .*'propagate', 'zero'"),
     ],
 )

@@ -77,17 +77,18 @@ def test_dual_level_is_refused(name):
 @pytest.mark.parametrize("i", range(5))
 def test_bare_ops_refuse_duals(i):
     inputs = [torch.randn(3, 4, device=DEVICE) for _ in range(5)]
-    numbers, ops = [torch.rand(3, device=DEVICE) for _ in range(3)], torch.ops.scm_kernels
+    numbers = [torch.rand(3, device=DEVICE, dtype=torch.float64) for _ in range(3)]
+    ops = torch.ops.scm_kernels
     options = (1.0, 0.5, 0.1, "paper", False, "")
     with forward_ad.dual_level():
         inputs[i] = forward_ad.make_dual(inputs[i], torch.ones_like(inputs[i]))
-        times = inputs[4][:, 0], None
+        times, rows = (inputs[4][:, 0], None), (*inputs[:4], inputs[4].double())
         for call in (
             lambda: ops.tangent_loss(*inputs[:4], *times, None, *options),
-            lambda: ops.tangent_gradient(*inputs, *numbers[:2], None, numbers[2], ""),
+            lambda: ops.tangent_gradient(*rows, *numbers[:2], None, numbers[2], ""),
             lambda: ops.tangent_normalize(*inputs[:4], *times, *options),
-            lambda: ops.tangent_apply(*inputs, ""),
-            lambda: ops.tangent_distance(*inputs, numbers[0], ""),
+            lambda: ops.tangent_apply(*rows, ""),
+            lambda: ops.tangent_distance(*rows, numbers[0], ""),
         ):
             with pytest.raises(NotImplementedError, match="dual tensor"):
                 call()

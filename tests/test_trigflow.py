@@ -185,6 +185,16 @@ def test_many_steps_keep_the_distribution():
     assert abs(x0.std() - S) < 5 * S / 280
 
 
+@pytest.mark.parametrize("make", [tuple, torch.tensor, np.array])
+def test_times_in_any_sequence(make):
+    x, times = noise(10), [math.pi / 2, 1.125, 0.5]
+    drawn = [
+        trigflow.sample(velocity_field, x, y, generator=torch.Generator().manual_seed(1))
+        for y in (times, make(times))
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("method", "order", "end"), [("euler", 1, 0.0), ("heun", 2, 0.0), ("heun", 2, 0.3)]
 )
@@ -285,6 +295,7 @@ def few(times, noise=A, network=velocity_field, **options):
     [
         (lambda: trigflow.sample_time(**TIME | {"n": 3.0}), TypeError, "n: got float 3.0"),
         (lambda: trigflow.sample_time(**TIME | {"n": -1}), ValueError, "n: got -1, .*least 0"),
+        (lambda: trigflow.sample_time(**TIME | {"n": 10**30}), ValueError, "n: got 10+, .*than 2"),
         (lambda: trigflow.sample_time(**TIME | {"p_std": -1}), ValueError, "p_std: got -1"),
         (lambda: trigflow.sample_time(**TIME | {"p_mean": T}), TypeError, "p_mean: got a float"),
         (lambda: trigflow.sample_time(**TIME, sigma_data=0), ValueError, "sigma_data: got 0"),

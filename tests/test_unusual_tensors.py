@@ -176,3 +176,37 @@ def test_a_backend_that_two_ways_have_forced(monkeypatch):
     monkeypatch.setattr(_backends, "plan", spy)
     out.sum().backward()
     assert seen == [("backward", "reference")]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+        ((5, 8), (2, 4, 7, 8), (7, 6)),
+        ((2, 4, 5, 8), (7, 8), (1, 7, 6)),
+        ((3, 2, 4, 5, 8), (2, 1, 7, 8), (4, 7, 6)),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_tensors_of_other_ranks_are_broadcast_as_by_pytorch(shapes, masked):
+    primals, tangents = ([torch.randn(s, requires_grad=True) for s in shapes] for _ in range(2))
+    mask = torch.randn(2, 1, 5, 7) if masked else None
+
+    def gradients(out, t_out):
+        seeds = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        return out, t_out, *torch.autograd.grad((out, t_out), primals + tangents, (seeds, seeds))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = torch.func.jvp(
+            lambda *x: F.scaled_dot_product_attention(*x, mask), (*primals,), (*tangents,)
+        )
+    ours = attention_jvp(*primals, *tangents, attn_mask=mask)
+    torch.testing.assert_close(gradients(*ours), gradients(*stock))
+
+
+def test_a_mask_with_heads_where_there_are_none():
+    """PyTorch refuses it too."""
+    x = [torch.randn(*s) for s in ((4, 8), (5, 8), (5, 8)) * 2]
+    attention_jvp(*x, attn_mask=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"attn_mask: got .* expected .* broadcasts to \[4, 5\]"):
+        attention_jvp(*x, attn_mask=torch.zeros(1, 4, 5))

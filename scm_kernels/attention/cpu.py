@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from scm_kernels import _native
-from scm_kernels.attention.problem import Backward, Forward
-
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+from scm_kernels.attention.problem import Backward, Forward, refuses_types
 
 
 def unavailable() -> str | None:
@@ -16,12 +14,8 @@ def unavailable() -> str | None:
 
 def refuses(problem: Forward | Backward) -> str | None:
     """Tensors elsewhere, and float64."""
-    q = problem.q
-    if q.device.type != "cpu":
-        return f"it runs on the CPU, not on {q.device.type}"
-    if q.dtype not in _DTYPES:
-        return f"it has float32, bfloat16 and float16, not {q.dtype}"
-    return None
+    device = problem.q.device.type
+    return refuses_types(problem) if device == "cpu" else f"it runs on the CPU, not on {device}"
 
 
 def forward(problem: Forward) -> None:

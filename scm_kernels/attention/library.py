@@ -10,7 +10,7 @@ from torch import Tensor
 from scm_kernels import _backends, _library, _plans
 from scm_kernels._duals import unpack
 from scm_kernels.attention import flops, reference, torch_backward
-from scm_kernels.attention.problem import Backward, Forward
+from scm_kernels.attention.problem import Backward, Forward, check
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? mask, Tensor? tmask"
@@ -364,6 +364,7 @@ def _vmap_backward(info, in_dims, *args):
 attention_jvp = _library.define(
     f"attention_jvp({_INPUTS}, bool causal, float scale, bool tangent_grad, str backend)"
     " -> (Tensor out, Tensor t_out, Tensor lse, Tensor mu, Tensor lse_low)",
+    check=check,
     kernel=_forward,
     fake=_empty_forward,
     autograd=_autograd_forward,
@@ -374,6 +375,7 @@ attention_jvp_backward = _library.define(
     f"attention_jvp_backward(Tensor? dout, Tensor? dt_out, {_INPUTS}, Tensor out, Tensor? t_out,"
     " Tensor lse, Tensor? mu, Tensor? lse_low, bool causal, float scale, bool[] wanted,"
     " str backend) -> Tensor[]",
+    check=check,
     kernel=_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

@@ -51,13 +51,14 @@ def scaled_dot_product_attention(
 
     Args:
         query: [B, H, M, D], float16, bfloat16, float32 or float64; further leading dimensions, or
-            none, as in PyTorch.
+            none, as in PyTorch, which broadcasts those of the three.
         key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`).
         value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
         attn_mask: broadcastable to [B, H, M, N]; bool (True takes part), or, of query's dtype or
             float32, added to the scores. A dual one adds its tangent to that of the scores. A row
-            all of whose keys one large number masks (finfo.min, -1e9) is the mean of their values,
-            and its gradient that of the mean; -inf and False leave a row without keys.
+            all of whose keys one number masks that drowns the scores (finfo.min) is the mean of
+            their values, and its derivatives are those of a softmax with equal weights; -inf and
+            False leave a row without keys.
         dropout_p: with a dual input, only 0: primal and tangent would have to share one mask.
         is_causal: row i sees the keys 0 to i (aligned top-left).
         scale: of the scores, 1 / sqrt(D) if None.
@@ -150,7 +151,7 @@ def attention_jvp(
 
     Args:
         query: [B, H, M, D], float16, bfloat16, float32 or float64; further leading dimensions, or
-            none, as in PyTorch.
+            none, as in PyTorch, which broadcasts those of the three.
         key: [B, H, N, D] ([B, Hk, N, D] with `enable_gqa`); N may be 0.
         value: [B, H, N, E] ([B, Hk, N, E] with `enable_gqa`).
         t_query: like query, or None where the derivative does not go along it; that costs nothing.
@@ -171,7 +172,8 @@ def attention_jvp(
         key), and the mean of the scores' tangent under the softmax. Results i over parts of the
         keys are those over all of them by
 
-            lse = logsumexp_i lse_i     w_i = exp(lse_i - lse)     mu = sum_i w_i mu_i
+            lse = logsumexp_i lse_i     mu = sum_i w_i mu_i
+            w_i = exp(lse_i - lse), or 0 where lse_i is -inf
             out = sum_i w_i out_i       t_out = sum_i w_i (t_out_i + (mu_i - mu) out_i)
 
     Raises:
@@ -220,11 +222,12 @@ def _attention(tensors, is_causal, scale, enable_gqa, tangent_grad) -> tuple[Ten
     if call is not None:
         return call(tensors)
     _check(tensors, is_causal, scale, enable_gqa)
-    lead, rank = _lead(tensors), tensors[0].ndim
+    lead, rank = _lead(tensors), max(x.ndim for x in tensors[:3])
     q, k, v, tq, tk, tv = _four_dimensions(tensors[:6], lead, enable_gqa)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    full = (*lead, *shape[1:]) if rank > 2 else shape[2:]
     mask, tmask = (
-        _four_dimensional_mask(name, x, q.dtype, lead, shape)
+        _four_dimensional_mask(name, x, q.dtype, lead, full)
         for name, x in zip(_TENSORS[6:], tensors[6:], strict=True)
     )
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
@@ -252,10 +255,10 @@ def _check(tensors, is_causal, scale, enable_gqa) -> None:
     _checks.like("key", key, "query", query, shape=False)
     _checks.like("value", value, "query", query, shape=False)
     for name, x in zip(_TENSORS[:3], tensors[:3], strict=True):
-        if x.ndim < 2 or x.ndim != query.ndim:
+        if x.ndim < 2:
             raise ValueError(
-                f"{name}: got {_checks.describe(x)}, expected [B, H, tokens, features], or another "
-                f"number of leading dimensions in query, key and value alike (query: {query.ndim})"
+                f"{name}: got {_checks.describe(x)}, expected [B, H, tokens, features], or other "
+                "leading dimensions, or none"
             )
         if x.shape[-1] == 0:
             raise ValueError(f"{name}: got {_checks.describe(x)}, expected at least one feature")
@@ -360,19 +363,20 @@ def _heads(heads: list[int], enable_gqa: bool) -> tuple[int, int, int]:
     return h, h, h
 
 
-def _four_dimensional_mask(name, mask, dtype, lead, shape) -> Tensor | None:
-    """A mask with four dimensions, each of [B, H, M, N] or 1; bool, query's dtype or float32."""
+def _four_dimensional_mask(name, mask, dtype, lead, full) -> Tensor | None:
+    """A mask with four dimensions, each of [B, H, M, N] or 1; bool, query's dtype or float32.
+
+    It is to broadcast to `full`, what query, key and value have of [..., H, M, N].
+    """
     if mask is None:
         return None
-    full = (*lead, *shape[1:])
     offset = len(full) - mask.ndim
     if offset < 0 or any(m not in (1, f) for m, f in zip(mask.shape, full[offset:], strict=True)):
         raise ValueError(
             f"{name}: got {_checks.describe(mask)}, expected a shape that broadcasts "
             f"to {list(full)}"
         )
-    if len(lead) == 0:
-        offset += 1
+    offset += max(4 - len(full), 0)
     if offset > 0:  # an index of nothing makes an alias, which PyTorch's older vmap has no rule for
         mask = mask[(None,) * offset]
     if len(lead) > 1:

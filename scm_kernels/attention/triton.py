@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 
 from scm_kernels import _triton
-from scm_kernels.attention.problem import Backward, Forward
+from scm_kernels.attention.problem import Backward, Forward, refuses_types
 
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 MOST_FEATURES = 256
 ATOMICS = "SCM_KERNELS_ATOMICS"  # 1: a faster gradient through both outputs, not deterministic
 
@@ -21,11 +20,9 @@ def unavailable() -> str | None:
 def refuses(problem: Forward | Backward) -> str | None:
     """Tensors elsewhere, float64, and head dimensions above 256."""
     q, v = problem.q, problem.v
-    reason = _triton.refuses(q)
+    reason = _triton.refuses(q) or refuses_types(problem)
     if reason is not None:
         return reason
-    if q.dtype not in _DTYPES:
-        return f"it has float32, bfloat16 and float16, not {q.dtype}"
     widest, most, name = max(q.shape[3], v.shape[3]), MOST_FEATURES, ""
     if q.dtype == torch.float32:
         from scm_kernels.attention.triton_config import FLOAT_FEATURES, family

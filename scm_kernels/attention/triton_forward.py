@@ -215,7 +215,8 @@ def _live(rows, keys, N, META: tl.constexpr):
 @triton.jit
 def _first_shift(q, tq, x, batch, head, rows, N, scale, META: tl.constexpr):
     """c in half types, the mean of T over the live keys of the first tile; a row has one without a
-    mask. To choose it in the loop, as in float32, would take registers there."""
+    mask. To choose it in the loop, as in float32, would take registers there. T - c is to be in the
+    range of float16."""
     keys = tl.arange(0, META.REST)
     k = tiles.load_rows(x.k, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
     tk = tiles.load_rows(x.tk, batch, head, 0, keys < N, META.REST, META.D, META.VEC, True)
@@ -252,11 +253,13 @@ def _start(x, META: tl.constexpr):
     if not (x.tq is None and x.tk is None and x.tv is None and x.tmask is None):
         tacc = tiles.zeros(META.BLOCK_M, META.E.parts)
     acc = tiles.zeros(META.BLOCK_M, META.E.parts)
-    return _State(nothing - float("inf"), nothing, nothing, nothing, sums, acc, tacc)
+    # Without a mask there is always a key; its score may be -inf all the same, by overflow.
+    least = nothing - (3.4028234663852886e38 if x.mask is None else float("inf"))
+    return _State(least, nothing, nothing, nothing, sums, acc, tacc)
 
 
 @triton.jit
-def _finish(state, unit, META: tl.constexpr):
+def _finish(state, unit):
     """(O, tO, lse, lse_low, mu), normalised by the sums of what the products have seen.
 
     lse is what a backward subtracts from large scores: it is rounded once.
@@ -336,7 +339,7 @@ def attention_forward_kernel(
             tmask = _load_mask(x.tmask, batch, head, row, key, M, N, META)
             state = _add_masked_tile(state, q, tq, keys, mask, tmask, live, scale, META)
 
-    o, to, log_sum, low, mean = _finish(state, unit, META)
+    o, to, log_sum, low, mean = _finish(state, unit)
     inside = tl.arange(0, META.BLOCK_M) < M - row  # not as above: it would be kept in registers
     tiles.store_rows(out, o, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)
     tiles.store_rows(t_out, to, batch, head, row, inside, 1.0, META.BLOCK_M, META.E, META.VEC)

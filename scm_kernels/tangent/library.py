@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scm_kernels import _backends, _checks, _library, _plans
-from scm_kernels.tangent.problem import Apply, Gradient, Loss, Normalize
+from scm_kernels.tangent.problem import Apply, Gradient, Loss, Normalize, check
 
 _INPUTS = "Tensor f, Tensor v, Tensor x, Tensor j"
 _TIMES = "Tensor t, Tensor? warmup"
@@ -61,6 +61,7 @@ def _define(schema, kernel, fake, autograd=None):
 
     op = _library.define(
         schema,
+        check=check,
         kernel=kernel,
         fake=fake,
         autograd=autograd or constant,

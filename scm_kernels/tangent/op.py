@@ -246,7 +246,8 @@ def _remember(kind: tuple | None, tensors: tuple, options: "_Options") -> None:
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def _rows(output, dxdt, x_t, jvp) -> tuple[tuple[Tensor, ...], list[int] | None]:

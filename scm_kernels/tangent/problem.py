@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scm_kernels import _plans
+from scm_kernels import _checks, _plans
+from scm_kernels.tangent.presets import PRESETS
 
 
 class Loss(NamedTuple):
@@ -110,3 +111,29 @@ def refuses_types(problem: Problem) -> str | None:
     if problem.f.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has float32, bfloat16 and float16, not {problem.f.dtype}"
     return None
+
+
+def check(op: str, given: dict) -> None:
+    """Raise if arguments of an op, called as such, are none of a problem's."""
+    f = given["f"]
+    if f.ndim != 2:
+        raise ValueError(
+            f"torch.ops.scm_kernels.{op}, f: got {_checks.describe(f)}, expected [B, D]"
+        )
+    batch, wide = f.shape[:1], _checks.wide_dtype(f)
+    expected = {
+        "f": (f.shape, *_checks.FLOATS),
+        **dict.fromkeys("vxj", (f.shape, f.dtype)),
+        "coefficients": ((*batch, 4), wide),
+        **dict.fromkeys(("distances", "weights"), (batch, wide)),
+        **dict.fromkeys(
+            ("t", "warmup", "log_weight", "dlosses"), (batch, torch.float32, torch.float64)
+        ),
+    }
+    for name, (shape, *dtypes) in expected.items():
+        _checks.bare(op, name, given.get(name), f, shape, *dtypes)
+    if "preset" in given and given["preset"] not in PRESETS:
+        raise ValueError(
+            f"torch.ops.scm_kernels.{op}, preset: got {given['preset']!r}, expected one of "
+            f"{', '.join(map(repr, PRESETS))}"
+        )

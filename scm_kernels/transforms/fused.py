@@ -26,6 +26,7 @@ from scm_kernels._duals import (
     refuse_batched,
     register_hook,
     require_grad,
+    set_data,
     together,
     without_tangent_graph,
 )
@@ -39,6 +40,7 @@ from scm_kernels.transforms.rules import EAGER_RULES, RULES, attention, multi_he
 _DUAL_FUNCTIONS = frozenset({torch._VF._make_dual, torch._VF._unpack_dual})
 # What is asked of autograd, which records what is outside of a jvp.
 _REQUIRES_GRAD = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})
+_DATA = frozenset({Tensor.data.__set__})
 _HOOKS = frozenset({Tensor.register_hook, Tensor.requires_grad.__get__})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # no subclass with functions of its own
 _PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "scm_kernels"})
@@ -105,6 +107,8 @@ class Fused(DualMode):
                 return register_hook(level, *args, **kwargs)
             if has_graph(args[0]):
                 _refuse_module_hooks()
+        if eager and func in _DATA and jvp_at_work() is not None and set_data(level, *args):
+            return None
         self.tangent_grad = self.records(level)
         rule = RULES.get(func)
         if rule is None and eager:
