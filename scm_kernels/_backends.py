@@ -18,8 +18,8 @@ does not work, which only who asks for that backend has to wait for.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType, NoneType
@@ -55,7 +55,8 @@ def backends() -> dict[str, str]:
     return {name: _status(name) for name in reversed(NAMES)}
 
 
-class backend(ContextDecorator):  # noqa: N801  (a function to who uses it)
+@contextmanager
+def backend(name: str) -> Iterator[None]:
     """Force one backend, for every op that this thread or task calls inside, and for their backward
     passes wherever those run.
 
@@ -71,16 +72,11 @@ class backend(ContextDecorator):  # noqa: N801  (a function to who uses it)
         ValueError: `name` is no backend.
         RuntimeError: the backend is not available on this machine (with the reason).
     """
-
-    def __init__(self, name: str):
-        self.name = _checked(name, "name")
-        self.tokens = []  # of each time that it is entered
-
-    def __enter__(self) -> None:
-        self.tokens.append(_forced.set(self.name))
-
-    def __exit__(self, *error) -> None:
-        _forced.reset(self.tokens.pop())
+    token = _forced.set(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def requested() -> str:

@@ -110,9 +110,9 @@ def bare(
     ):
         return
     names = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
+    expected = f"shape {list(shape)}, {names}, on {like.device}" if dtypes else "None"
     raise ValueError(
-        f"torch.ops.scm_kernels.{op}, {name}: got {describe(value)}, expected shape {list(shape)}, "
-        f"{names}, on {like.device}"
+        f"torch.ops.scm_kernels.{op}, {name}: got {describe(value)}, expected {expected}"
     )
 
 

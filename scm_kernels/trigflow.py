@@ -136,7 +136,7 @@ def tangent_inputs(
 def sample(
     network: Network,
     noise: Tensor,
-    times: Sequence[float] | Tensor,
+    times: Sequence[float],
     *,
     sigma_data: float = 0.5,
     generator: torch.Generator | None = None,
@@ -153,7 +153,7 @@ def sample(
         network: (x / sd, t) -> F, like x; x / sd [B, ...] in noise's dtype, t [B] in float32
             (float64 for float64).
         noise: x at times[0] [B, ...], drawn from N(0, sd^2 I).
-        times: Decreasing times in (0, pi/2], radians; at least one. A sequence, tensor or array.
+        times: Decreasing times in (0, pi/2], radians; at least one.
         sigma_data: sd, > 0.
         generator: Source of the fresh noise, of the device's kind.
 
@@ -306,9 +306,8 @@ def _generator(generator: object) -> None:
 
 def _times(times: object) -> list[float]:
     """`times` as a list, checked."""
-    given, times = times, times.tolist() if hasattr(times, "tolist") else times
     if isinstance(times, (str, bytes)) or not isinstance(times, Sequence):
-        raise TypeError(f"times: got {_checks.describe(given)}, expected a sequence of numbers")
+        raise TypeError(f"times: got {_checks.describe(times)}, expected a sequence of numbers")
     if not times:
         raise ValueError("times: got none, expected at least one")
     times = [_checks.number("times", t, above=0.0, high=T_MAX) for t in times]

@@ -185,16 +185,6 @@ def test_many_steps_keep_the_distribution():
     assert abs(x0.std() - S) < 5 * S / 280
 
 
-@pytest.mark.parametrize("make", [tuple, torch.tensor, np.array])
-def test_times_in_any_sequence(make):
-    x, times = noise(10), [math.pi / 2, 1.125, 0.5]
-    drawn = [
-        trigflow.sample(velocity_field, x, y, generator=torch.Generator().manual_seed(1))
-        for y in (times, make(times))
-    ]
-    torch.testing.assert_close(*drawn, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("method", "order", "end"), [("euler", 1, 0.0), ("heun", 2, 0.0), ("heun", 2, 0.3)]
 )

@@ -1,5 +1,6 @@
-// What rounding leaves of sums that are 0: those of gS and of gT over the keys of a row. dQ and dtQ
-// have it times what keys have in common, which may be large; so it goes to the row's heaviest key.
+// What rounding leaves of sums that are 0: those of gS and of gT over the keys of a row. It lies on
+// the keys by their weights P, and dQ and dtQ have it times the mean of the keys by P. Where one
+// key has most of the weight, it is taken off that one's.
 #pragma once
 
 #include "attention_plan.h"
@@ -40,7 +41,7 @@ struct Rest {
                 int64_t pitch) const {
     for (int64_t i = 0; i < rows; ++i) {
       const auto subtract = [&](float* sum, float rest, const Matrix& x) {
-        if (sum == nullptr || !x || rest == 0.0f || most[i] == 0.0f) return;
+        if (sum == nullptr || !x || rest == 0.0f || !(most[i] > 0.5f)) return;
         for (int64_t j = 0; j < d; j += kLanes) {
           const VecF part = load_elements<Float32>(x.at(key[i]), x.type, j, d) * rest;
           const int64_t count = least<int64_t>(kLanes, d - j);

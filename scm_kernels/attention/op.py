@@ -274,8 +274,11 @@ def _check(tensors, is_causal, scale, enable_gqa) -> None:
         if tensors[3 + i] is not None:
             _checks.like(_TENSORS[3 + i], tensors[3 + i], _TENSORS[i], tensors[i])
     _check_mask(query, attn_mask, t_attn_mask, is_causal)
-    if enable_gqa and query.ndim < 3:
-        raise ValueError(f"enable_gqa: got True for {_checks.describe(query)}, expected heads")
+    for name, x in zip(_TENSORS[:3], tensors[:3], strict=True):
+        if enable_gqa and x.ndim < 3:
+            raise ValueError(
+                f"enable_gqa: got True for {name}, {_checks.describe(x)}, expected heads"
+            )
 
 
 def _check_options(is_causal, scale, enable_gqa) -> None:

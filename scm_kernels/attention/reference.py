@@ -38,11 +38,11 @@ Backward, with cotangents dO and dtO, and the same tiles:
 
 T enters a gradient as T - mu alone, for the same reason as c. Where rows see the keys of one tile
 alone, mu, beta and delta are summed again, of the very T, B and A that they are taken from: where
-one key takes all, those cancel to the last digit, as in eager's formula. The C++ kernels sum beta
-and delta in the order of B and A, so that they do there over any number of tiles. The sums of gS
-and of gT over the keys are 0, but for what rounding leaves, which dQ and dtQ would have times what
-keys have in common: it is taken off the heaviest key of the row, the one of the largest P. (Not by
-Triton's kernels of half types, whose rounding is more than that.)
+one key takes all, those cancel to the last digit, as in eager's formula. The C++ kernels, in
+float32, sum beta and delta in the order of B and A, so that they do over any number of tiles. The
+sums of gS and of gT over the keys are 0, but for what rounding leaves: that lies on the keys by P,
+and dQ and dtQ would have it times their mean by P. Where one key has more than half of P, it is
+taken off that one's. (Not by Triton's kernels of half types, whose rounding is more than that.)
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -336,7 +336,7 @@ class _RowGradient:
         self.most = torch.maximum(self.most, most)
 
     def take_off_rest(self, sums: dict[str, Tensor | None]) -> None:
-        """What rounding has left of sums of gS and gT that are 0, off the heaviest key's."""
+        """What rounding has left of sums of gS and gT that are 0, off a key with most of P."""
         k, tk = (
             None if x is None else x.gather(2, self.heaviest.expand(-1, -1, -1, x.shape[3]))
             for x in (self.tiles.k, self.tiles.tk)
@@ -346,7 +346,7 @@ class _RowGradient:
             ("dtq", self.rest_t, k),
         ):
             if sums[name] is not None and x is not None:
-                part = torch.where(rest == 0, 0.0, rest * x)
+                part = torch.where((rest == 0) | (self.most <= 0.5), 0.0, rest * x)
                 part = part.reshape(self.tiles.b, self.tiles.h, -1, x.shape[3])
                 sums[name][:, :, self.span].sub_(part, alpha=self.tiles.problem.scale)
 

@@ -251,8 +251,9 @@ def _without_rest(sums, x, batch, key_head, META: tl.constexpr):
     dq, dtq, rest = sums
     if META.REST:
         s, t, most, heaviest = rest
-        k = tiles.gather_rows(x.k, batch, key_head, heaviest, most > 0.0, META.D, META.VEC)
-        tk = tiles.gather_rows(x.tk, batch, key_head, heaviest, most > 0.0, META.D, META.VEC)
+        one = most > 0.5  # or no key is near the mean that the rest is on
+        k = tiles.gather_rows(x.k, batch, key_head, heaviest, one, META.D, META.VEC)
+        tk = tiles.gather_rows(x.tk, batch, key_head, heaviest, one, META.D, META.VEC)
         dq = gradients.less_rest(gradients.less_rest(dq, s, k), t, tk)
         dtq = gradients.less_rest(dtq, t, k)
     return dq, dtq

@@ -282,6 +282,7 @@ def _finish(state, unit):
     m, log = state.m.to(tl.float64) * unit, tl.log2(l) / LOG2E
     lse = (m + log).to(tl.float32)
     low = tl.where(dead, 0.0, (m - lse.to(tl.float64) + log).to(tl.float32))
+    lse = tl.where(dead, -float("inf"), lse)
     return out, t_out, lse, low, tl.where(dead, 0.0, state.mu / l + state.c)
 
 
