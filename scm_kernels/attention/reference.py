@@ -41,8 +41,9 @@ alone, mu, beta and delta are summed again, of the very T, B and A that they are
 one key takes all, those cancel to the last digit, as in eager's formula. The C++ kernels, in
 float32, sum beta and delta in the order of B and A, so that they do over any number of tiles. The
 sums of gS and of gT over the keys are 0, but for what rounding leaves: that lies on the keys by P,
-and dQ and dtQ would have it times their mean by P. Where one key has more than half of P, it is
-taken off that one's. (Not by Triton's kernels of half types, whose rounding is more than that.)
+and dQ and dtQ would have it times the mean of the keys by P. It is taken off again, times the key
+that has more than half of P, or, where none has, the mean of all keys. (By Triton in float32 alone,
+and where a key has more than half.)
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -336,19 +337,25 @@ class _RowGradient:
         self.most = torch.maximum(self.most, most)
 
     def take_off_rest(self, sums: dict[str, Tensor | None]) -> None:
-        """What rounding has left of sums of gS and gT that are 0, off a key with most of P."""
-        k, tk = (
-            None if x is None else x.gather(2, self.heaviest.expand(-1, -1, -1, x.shape[3]))
-            for x in (self.tiles.k, self.tiles.tk)
-        )
+        """What rounding has left of sums of gS and gT that are 0."""
+        k, tk = self._near(self.tiles.k), self._near(self.tiles.tk)
         for name, rest, x in (
             *(("dq", self.rest_s, k), ("dq", self.rest_t, tk)),
             ("dtq", self.rest_t, k),
         ):
             if sums[name] is not None and x is not None:
-                part = torch.where((rest == 0) | (self.most <= 0.5), 0.0, rest * x)
+                part = torch.where(rest == 0, 0.0, rest * x)
                 part = part.reshape(self.tiles.b, self.tiles.h, -1, x.shape[3])
                 sums[name][:, :, self.span].sub_(part, alpha=self.tiles.problem.scale)
+
+    def _near(self, x: Tensor | None) -> Tensor | None:
+        """What is near the mean of x by P: the row of a key with most of it, or the mean of all."""
+        if x is None:
+            return None
+        heaviest = x.gather(2, self.heaviest.expand(-1, -1, -1, x.shape[3]))
+        mean = x.mean(2, keepdim=True)
+        mean = mean.masked_fill(~mean.isfinite(), 0.0)  # of a hidden key it may be anything
+        return torch.where(self.most > 0.5, heaviest, mean)
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:
         """Add this tile's part to every gradient that is wanted."""
