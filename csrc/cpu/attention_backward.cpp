@@ -54,7 +54,7 @@ class Backward {
     dq_ = take(bool(p.dq), p.d * pitch_), dtq_ = take(bool(p.dtq), p.d * pitch_);
     lse_ = take(true, columns_), low_ = take(true, columns_), mu_ = take(true, columns_);
     beta_ = take(true, columns_), delta_ = take(true, columns_);
-    mean_k_ = take(true, pitch_of(p.d)), mean_tk_ = take(bool(p.tk), pitch_of(p.d));
+    common_k_ = take(true, pitch_of(p.d)), common_tk_ = take(bool(p.tk), pitch_of(p.d));
     end_ = arena.next;
   }
 
@@ -69,8 +69,10 @@ class Backward {
     const int64_t last = plan_.tiles * (part + 1) / plan_.parts;
     const int64_t group = p_.h / p_.hk;
     sums_ = sums;
-    mean_of_rows(matrix(p_.k, b, hk), p_.n, p_.d, mean_k_);
-    mean_of_rows(matrix(p_.tk, b, hk), p_.n, p_.d, mean_tk_);
+    // Of keys that a row may not see it gets nothing.
+    const int64_t seen = p_.mask || p_.causal ? 0 : p_.n;
+    common_of_rows(matrix(p_.k, b, hk), seen, p_.d, common_k_);
+    common_of_rows(matrix(p_.tk, b, hk), seen, p_.d, common_tk_);
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
       inputs_ = {matrix(p_.k, b, hk),  matrix(p_.v, b, hk),   matrix(p_.tk, b, hk),
                  matrix(p_.tv, b, hk), matrix(p_.mask, b, h), matrix(p_.tmask, b, h)};
@@ -108,7 +110,7 @@ class Backward {
       add_to_mask(matrix(p_.dmask, b, h), tile, a_);
       add_to_mask(matrix(p_.dtmask, b, h), tile, b_);
     }
-    rest_.take_off(inputs_.k, inputs_.tk, mean_k_, mean_tk_, rows, p_.d, dq_, dtq_, pitch_);
+    rest_.take_off(inputs_.k, inputs_.tk, common_k_, common_tk_, rows, p_.d, dq_, dtq_, pitch_);
     store_scaled(matrix(p_.dq, b, h), row, rows, dq_);
     store_scaled(matrix(p_.dtq, b, h), row, rows, dtq_);
   }
@@ -343,7 +345,7 @@ class Backward {
   TileOfElements p_tile_, tp_, gt_, gs_;
   float *dq_, *dtq_;                          // [d, columns]
   float *lse_, *low_, *mu_, *beta_, *delta_;  // [columns]
-  float *mean_k_, *mean_tk_;                  // [d]
+  float *common_k_, *common_tk_;              // [d]
   char* end_;
   Rest rest_;
 };

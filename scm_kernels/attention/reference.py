@@ -42,8 +42,8 @@ one key takes all, those cancel to the last digit, as in eager's formula. The C+
 float32, sum beta and delta in the order of B and A, so that they do over any number of tiles. The
 sums of gS and of gT over the keys are 0, but for what rounding leaves: that lies on the keys by P,
 and dQ and dtQ would have it times the mean of the keys by P. It is taken off again, times the key
-that has more than half of P, or, where none has, the mean of all keys. (By Triton in float32 alone,
-and where a key has more than half.)
+that has more than half of P, or, where none has, what all keys have in common (not under a mask or
+causally: a row gets nothing of keys that it does not see). Triton does the former, in float32.
 
 The online softmax is Milakov & Gimelshein (arXiv 1805.02867), the tiling FlashAttention's (arXiv
 2205.14135); the tangent in the same pass is Lu & Song's (arXiv 2410.11081, appendix on JVP of flash
@@ -349,13 +349,19 @@ class _RowGradient:
                 sums[name][:, :, self.span].sub_(part, alpha=self.tiles.problem.scale)
 
     def _near(self, x: Tensor | None) -> Tensor | None:
-        """What is near the mean of x by P: the row of a key with most of it, or the mean of all."""
+        """What is near the mean of x by P: the row of a key with most of it, or what all rows have
+        in common. Of the means of four parts, the least if all are positive, the largest if all
+        are negative, else 0: a few rows that are unlike the others have no part in it."""
         if x is None:
             return None
+        p, common = self.tiles.problem, 0.0
+        if p.mask is None and not p.causal and x.shape[2] >= 4:
+            parts = torch.stack([x[:, :, i::4].mean(2, keepdim=True) for i in range(4)])
+            low, high = parts.aminmax(dim=0)
+            common = low.clamp(min=0) + high.clamp(max=0)
+            common = common.masked_fill(~common.isfinite(), 0.0)
         heaviest = x.gather(2, self.heaviest.expand(-1, -1, -1, x.shape[3]))
-        mean = x.mean(2, keepdim=True)
-        mean = mean.masked_fill(~mean.isfinite(), 0.0)  # of a hidden key it may be anything
-        return torch.where(self.most > 0.5, heaviest, mean)
+        return torch.where(self.most > 0.5, heaviest, common)
 
     def _scatter(self, keys, sums, p, t_p, grad_s, grad_t) -> None:
         """Add this tile's part to every gradient that is wanted."""
