@@ -97,31 +97,37 @@ def check(op: str, given: dict) -> None:
         raise ValueError(
             f"torch.ops.scm_kernels.{op}, q: got {h} heads, expected a multiple of {hk}"
         )
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    masks = (b, h, m, n)
-    if mask is not None and mask.ndim == 4:  # each of its sizes may be 1
-        masks = tuple(1 if x == 1 else y for x, y in zip(mask.shape, masks, strict=True))
-    out, stats, mask_dtypes = (b, h, m, e), (b, h, m), (torch.bool, torch.float32, q.dtype)
-    tmask_dtypes = () if mask is None else (mask.dtype,)
-    expected = {
-        "q": (q.shape, *_checks.FLOATS),
-        **dict.fromkeys(("k", "tk"), ((b, hk, n, d), q.dtype)),
-        **dict.fromkeys(("v", "tv"), ((b, hk, n, e), q.dtype)),
-        **{"tq": (q.shape, q.dtype), "mask": (masks, *mask_dtypes)},
-        "tmask": (masks, *(x for x in tmask_dtypes if x != torch.bool)),
-        **dict.fromkeys(("out", "t_out"), (out, q.dtype)),
-        **dict.fromkeys(("dout", "dt_out"), (out, q.dtype, wide)),
-        **dict.fromkeys(("lse", "mu"), (stats, wide)),
-    }
-    for name, (shape, *dtypes) in expected.items():
-        _checks.bare(op, name, given.get(name), q, shape, *dtypes)
-    low = given.get("lse_low")
-    _checks.bare(op, "lse_low", low, q, stats if low is None or low.shape[-1] else (b, h, 0), wide)
+    shapes = {"q": q.shape, "k": (b, hk, n, d), "v": (b, hk, n, e)}
+    _checks.bare(op, "q", q, q, q.shape, *_checks.FLOATS)
+    for name in ("k", "v", "tq", "tk", "tv"):
+        _checks.bare(op, name, given[name], q, shapes[name[-1]], q.dtype)
+    if mask is not None or given["tmask"] is not None:
+        _check_masks(op, given, (b, h, m, n))
     if "lse" in given:
-        _check_backward(op, given)
+        _check_backward(op, given, (b, h, m, e))
 
 
-def _check_backward(op: str, given: dict) -> None:
+def _check_masks(op: str, given: dict, shape: tuple) -> None:
+    q, mask, tmask = given["q"], given["mask"], given["tmask"]
+    dtypes = () if mask is None or mask.dtype == torch.bool else (mask.dtype,)
+    if mask is not None and mask.ndim == 4:  # each of its sizes may be 1
+        shape = tuple(1 if x == 1 else y for x, y in zip(mask.shape, shape, strict=True))
+    _checks.bare(op, "mask", mask, q, shape, torch.bool, torch.float32, q.dtype)
+    _checks.bare(op, "tmask", tmask, q, shape, *dtypes)
+
+
+def _check_backward(op: str, given: dict, shape: tuple) -> None:
+    q, low, stats = given["q"], given["lse_low"], shape[:3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name in ("out", "t_out"):
+        _checks.bare(op, name, given[name], q, shape, q.dtype)
+    for name in ("dout", "dt_out"):
+        _checks.bare(op, name, given[name], q, shape, q.dtype, wide)
+    for name in ("lse", "mu"):
+        _checks.bare(op, name, given[name], q, stats, wide)
+    _checks.bare(
+        op, "lse_low", low, q, stats if low is None or low.shape[-1] else (*stats[:2], 0), wide
+    )
     if given["dout"] is None and given["dt_out"] is None:
         raise ValueError(f"torch.ops.scm_kernels.{op}, dout, dt_out: got none, expected one")
     through = given["dt_out"] is not None
